@@ -1,0 +1,227 @@
+"""Every setting of every script, and the parser that reads them.
+
+    python train.py config/quickstart.py --batch_size=8 --overwrite
+
+A config file is a few assignments in Python; `--key=value` after it overrides, a bare `--flag` means True,
+and whatever nobody sets keeps the default below: the paper's 152M Meta+RoPE model. One file drives every
+script, and each script reads the settings that concern it.
+"""
+import ast
+import difflib
+import inspect
+import re
+import sys
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class Config:
+    # Data: what prepare.py writes and train.py reads
+    dataset: str = "c4_meta"            # name of the data set: the folder data/<dataset>/
+    source: str = "allenai/c4:en"       # 'stdlib' (embedded), files, folders, globs (comma-separated), or a Hugging Face name[:config]
+    text_field: str = "text"            # column that holds the text (.jsonl, .parquet, Hugging Face)
+    tokenizer: str = "gpt2"             # 'gpt2' (BPE, 50,257 ids) or 'bytes' (256 bytes and end-of-text)
+    meta_rate: float = 0.1              # k: meta-tokens as a share of all tokens; 0 writes plain text
+    meta_placement: str = "random"      # 'random' (uniform, the paper's) or 'periodic'
+    val_fraction: float = 0.0005        # share of the documents held out for validation
+    max_tokens: int = 0                 # stop preparing after this many text tokens; 0: the whole source
+    workers: int = 0                    # processes that tokenise; 0: one per core
+    verify: bool = False                # prepare.py: only check the checksums of what is there
+
+    # Model
+    block_size: int = 1024              # tokens in the context window, meta-tokens included
+    n_layer: int = 12                   # transformer blocks
+    n_head: int = 12                    # heads of either attention
+    n_embd: int = 768                   # width of the residual stream
+    dropout: float = 0.0                # probability
+    bias: bool = False                  # biases in Linear and LayerNorm (GPT-2 has them)
+    pos: str = "rope"                   # positions: 'rope', 'absolute' (learned) or 'none'
+    rope_base: float = 10000.0          # base of RoPE's wavelengths
+    yarn_scale: float = 1.0             # YaRN: window / original window; 1: plain RoPE
+    beta_fast: float = 32.0             # YaRN: frequencies above this many turns in the original window stay
+    beta_slow: float = 1.0              # YaRN: frequencies below this many turns are divided by yarn_scale
+    meta_attention: bool = True         # the second attention of every block, among meta-tokens only
+    zero_meta_pos: bool = False         # no positional encoding at meta-tokens ("No Pos")
+    zero_meta_embd: bool = False        # no token embedding at meta-tokens ("No embed")
+
+    # Training
+    init_from: str = "scratch"          # 'scratch', 'resume', a checkpoint (file or folder), or 'gpt2', 'gpt2-medium', ...
+    out_dir: str = "out"                # checkpoints, log.jsonl and loss.png
+    overwrite: bool = False             # let a run from scratch replace the one in out_dir
+    max_iters: int = 200000             # optimiser steps
+    max_minutes: float = 0.0            # stop by the clock; the learning rate follows whichever ends first; 0: no limit
+    batch_size: int = 12                # sequences in a micro-batch
+    gradient_accumulation_steps: int = 40  # micro-batches in a step, over all processes: 40 = 8 GPUs x 5
+    learning_rate: float = 6e-4         # peak of the cosine schedule
+    min_lr: float = 6e-5                # its end
+    warmup_iters: int = 2000            # steps of linear warm-up
+    lr_decay_iters: int = 0             # step at which min_lr is reached; 0: max_iters
+    weight_decay: float = 0.1           # on matrices only
+    beta1: float = 0.9                  # AdamW's memory of the gradient
+    beta2: float = 0.95                 # AdamW's memory of its square
+    grad_clip: float = 1.0              # largest norm of the gradient; 0: no clipping
+    log_interval: int = 10              # steps between lines on the terminal and in log.jsonl
+    eval_interval: int = 1000           # steps between evaluations, each with a checkpoint
+    eval_iters: int = 200               # validation text, in micro-batches: eval_iters x batch_size x block_size text tokens
+    eval_only: bool = False             # evaluate once and exit
+    seed: int = 1337                    # of data order, initial weights, injection and sampling
+
+    # Machine
+    device: str = "auto"                # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
+    dtype: str = "auto"                 # 'float32', 'bfloat16', 'float16'; auto: bfloat16 where the device is fast at it
+    compile: str = "auto"               # torch.compile: True or False; auto: on CUDA only
+
+    # Sampling
+    start: str = ""                     # prompt; 'FILE:prompt.txt' reads a file, '-' standard input; empty: a start of our own
+    num_samples: int = 1                # continuations to draw
+    max_new_tokens: int = 300           # text tokens to draw for each
+    temperature: float = 0.8            # 0: greedy
+    top_k: int = 200                    # draw among the k likeliest; 0: all
+    top_p: float = 1.0                  # draw among the likeliest that share this probability; 1: all
+    stream: bool = False                # print tokens as they come
+    show_meta: bool = False             # print meta-tokens as <|meta|>
+
+    # Benchmark
+    what: str = "all"                   # 'training', 'meta', 'generation', 'preparation', several of them (comma-separated), or 'all'
+
+    def __post_init__(self):
+        self.origin = {}  # where each setting was given: 'config/x.py:3' or 'command line'; absent: the default
+
+    def given(self, name):
+        return name in self.origin
+
+    def error(self, message):
+        """One line for people: the message, and where each setting it mentions (as `name=`) was set."""
+        names = [n for n in dict.fromkeys(re.findall(r"(\w+)=", str(message))) if n in SETTINGS]
+        where = ", ".join(f"{n}: {self.origin.get(n, 'default')}" for n in names)
+        return SystemExit(f"error: {message}" + (f" ({where})" if where else ""))
+
+
+SETTINGS = {f.name: f.type for f in fields(Config)}
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+CHOICES = {
+    "tokenizer": ("gpt2", "bytes"),
+    "meta_placement": ("random", "periodic"),
+    "pos": ("rope", "absolute", "none"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "compile": ("auto", "True", "False"),
+}
+POSITIVE = ("block_size", "n_layer", "n_head", "n_embd", "rope_base", "batch_size", "gradient_accumulation_steps",
+            "log_interval", "eval_interval", "eval_iters", "num_samples", "max_new_tokens")
+NOT_NEGATIVE = ("max_tokens", "workers", "max_iters", "max_minutes", "learning_rate", "min_lr", "warmup_iters",
+                "lr_decay_iters", "weight_decay", "grad_clip", "temperature", "top_k", "seed")
+
+
+def load(argv=None):
+    """Reads config files and `--key=value` overrides, in the order given, into a Config.
+
+    Raises SystemExit with one line that names the key and where it was set; `--help` prints the list and exits.
+    """
+    config = Config()
+    for arg in sys.argv[1:] if argv is None else argv:
+        if arg in ("-h", "--help"):
+            print(help_text())
+            raise SystemExit(0)
+        if not arg.startswith("--"):
+            read_file(config, arg)
+            continue
+        name, equals, text = arg[2:].partition("=")
+        assign(config, name, text if equals else True, "command line")
+    check(config)
+    return config
+
+
+def read_file(config, path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = ast.parse(file.read())
+    except (OSError, UnicodeDecodeError):
+        raise SystemExit(f"error: no config file '{path}' (settings are written --key=value)") from None
+    except SyntaxError as e:
+        raise SystemExit(f"error: {path}:{e.lineno}: {e.msg}") from None
+    for node in tree.body:
+        where = f"{path}:{node.lineno}"
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+            raise SystemExit(f"error: {where}: a config file holds assignments only, such as n_layer = 12")
+        try:
+            value = arithmetic(node.value)
+        except ValueError:
+            raise SystemExit(f"error: {where}: {ast.unparse(node)}: write a plain value or arithmetic on numbers") from None
+        assign(config, node.targets[0].id, value, where)
+
+
+def arithmetic(node):
+    """The value of a literal, or of + - * / // ** on literals, so that a config may say 5 * 8."""
+    if isinstance(node, ast.BinOp):
+        left, right = arithmetic(node.left), arithmetic(node.right)
+        operations = {ast.Add: lambda: left + right, ast.Sub: lambda: left - right, ast.Mult: lambda: left * right,
+                      ast.Div: lambda: left / right, ast.FloorDiv: lambda: left // right, ast.Pow: lambda: left ** right}
+        try:
+            return operations[type(node.op)]()
+        except (KeyError, TypeError, ArithmeticError) as e:
+            raise ValueError(str(e)) from None
+    return ast.literal_eval(node)
+
+
+def assign(config, name, value, where):
+    if name not in SETTINGS:
+        close = difflib.get_close_matches(name, SETTINGS, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else " (--help lists them all)"
+        raise SystemExit(f"error: {where}: unknown setting '{name}'{hint}")
+    try:
+        setattr(config, name, convert(value, SETTINGS[name], from_text=where == "command line"))
+    except ValueError:
+        raise SystemExit(f"error: {where}: {name}={value}: expected {KINDS[SETTINGS[name]]}") from None
+    config.origin[name] = where
+
+
+def convert(value, kind, from_text):
+    """`value` as a `kind`. From the command line it comes as text (or True, for a bare flag)."""
+    if kind is str and from_text and value is True:
+        raise ValueError
+    if kind is str and isinstance(value, bool):
+        return str(value)  # compile = True
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    if kind is bool and from_text and value.lower() in ("true", "false", "1", "0"):
+        return value.lower() in ("true", "1")
+    if kind in (int, float) and not isinstance(value, bool) and (from_text or isinstance(value, (int, float))):
+        number = float(value)
+        if kind is float and number == number:
+            return number
+        if kind is int and number.is_integer():  # 1e9 is a whole number, too
+            return int(number) if "e" in str(value).lower() or not isinstance(value, str) else int(value)
+    raise ValueError
+
+
+def check(config):
+    """Refuses values and combinations that no script can use; GPTConfig refuses the rest."""
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise config.error(f"{name}={getattr(config, name)}: expected one of {', '.join(choices)}")
+    for name in POSITIVE + NOT_NEGATIVE:
+        value = getattr(config, name)
+        if value < 0 or (value == 0 and name in POSITIVE):
+            raise config.error(f"{name}={value} must be {'positive' if name in POSITIVE else 'at least 0'}")
+    for name in ("dropout", "val_fraction", "meta_rate"):
+        if not 0 <= getattr(config, name) < 1:
+            raise config.error(f"{name}={getattr(config, name)} must be at least 0 and below 1")
+    if not 0 < config.top_p <= 1:
+        raise config.error(f"top_p={config.top_p} must be above 0 and at most 1")
+    if config.meta_rate > 0 and not 1 <= round(config.meta_rate * config.block_size) <= config.block_size - 1:
+        raise config.error(f"meta_rate={config.meta_rate} puts no meta-token, or nothing else, into block_size={config.block_size}")
+
+
+def help_text():
+    """The settings above with defaults and comments, read from this very file."""
+    lines = [__doc__.strip(), ""]
+    for line in inspect.getsource(Config).splitlines():
+        if setting := re.match(r"    (\w+): \w+ = (.+?) +# (.+)", line):
+            lines.append(f"  --{setting[1]}={setting[2]:<{max(1, 30 - len(setting[1]))}} {setting[3]}")
+        elif section := re.match(r"    # (.+)", line):
+            lines.append(("\n" if lines[-1] else "") + section[1])
+        elif "def " in line:
+            break
+    return "\n".join(lines)
