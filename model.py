@@ -1,0 +1,539 @@
+"""GPT-2 with learned meta-tokens (Shah et al., arXiv 2509.16278), in one file.
+
+What is notable, against GPT-2 and nanoGPT:
+- a meta-token, one learned token scattered over the text, and never a target of the loss
+- meta-attention: a second attention in every block, in which only meta-tokens see each other, computed on the
+  gathered meta-tokens alone, so that it costs next to nothing and no T x T mask exists
+- rotary positions (RoPE), and their extension to longer windows by YaRN; learned positions and none at all, too
+- positions or embeddings zeroed at meta-tokens ("No Pos", "No embed")
+- generation with key-value caches, in which a meta-token rides along with the text token before it
+
+Shapes: B sequences, T tokens, M meta-tokens of a sequence (at most), C width, nh heads of size hs.
+"""
+import json
+import math
+import os
+import pickle
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    """Architecture. The defaults are the paper's Meta+RoPE model (152M parameters).
+
+    Raises ValueError for a combination that cannot be built.
+    """
+    block_size: int = 1024             # tokens in the window, meta-tokens included
+    vocab_size: int = 50304            # rows of the embedding: the tokenizer's ids, the meta-token, padding
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = False                 # in Linear and LayerNorm; GPT-2 has them
+    pos: str = "rope"                  # 'rope', 'absolute' (learned, added to the embedding) or 'none'
+    rope_base: float = 10000.0
+    yarn_scale: float = 1.0            # YaRN's s: window / original window; 1: plain RoPE
+    original_block_size: int | None = None  # the window before YaRN; None: block_size
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    meta_id: int | None = 50257        # id of the meta-token; None: a model without meta-tokens
+    meta_attention: bool = True
+    zero_meta_pos: bool = False        # no positional encoding at meta-tokens, in both attentions
+    zero_meta_embd: bool = False       # no input embedding at meta-tokens; the tied output row stays
+    text_vocab_size: int | None = None  # ids that are text, and may be sampled; None: those below meta_id, or all
+
+    def __post_init__(self):
+        if self.original_block_size is None:
+            self.original_block_size = self.block_size
+        if self.text_vocab_size is None:
+            self.text_vocab_size = self.vocab_size if self.meta_id is None else self.meta_id
+        if self.pos not in ("rope", "absolute", "none"):
+            raise ValueError(f"pos={self.pos}: expected rope, absolute or none")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        if self.pos == "rope" and self.head_dim % 2:
+            raise ValueError(f"pos=rope needs an even head size, but n_embd={self.n_embd} / n_head={self.n_head} is {self.head_dim}")
+        if self.yarn_scale > 1 and self.pos != "rope":
+            raise ValueError(f"yarn_scale={self.yarn_scale} needs RoPE, but pos={self.pos}")
+        if self.meta_attention and self.meta_id is None:
+            raise ValueError("meta_attention=True needs meta-tokens, but there are none (meta_id is None)")
+        if self.meta_id is not None and not 0 <= self.meta_id < self.vocab_size:
+            raise ValueError(f"meta_id={self.meta_id} is beyond vocab_size={self.vocab_size}")
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rotary positions
+
+def rope_frequencies(config):
+    """RoPE's angular frequencies, with YaRN inside (Peng et al. 2023, section 3: NTK-by-parts).
+
+    Returns (inv_freq, attention_scale): float32 (head_dim / 2,), in radians per position, and the float by which
+    cos and sin are scaled. With yarn_scale s <= 1 that is plain RoPE and 1.0.
+    """
+    d, s = config.head_dim, config.yarn_scale
+    inv_freq = config.rope_base ** (-torch.arange(0, d, 2, dtype=torch.float32) / d)
+    if s <= 1:
+        return inv_freq, 1.0
+
+    def index_of(turns):  # the (fractional) index of the frequency that makes so many turns in the original window
+        return d * math.log(config.original_block_size / (turns * 2 * math.pi)) / (2 * math.log(config.rope_base))
+
+    low = max(math.floor(index_of(config.beta_fast)), 0)
+    high = min(math.ceil(index_of(config.beta_slow)), d - 1)
+    ramp = ((torch.arange(d // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return inv_freq * (1 - ramp) + inv_freq / s * ramp, 0.1 * math.log(s) + 1.0
+
+
+def rotate(x, rope):
+    """Turns each pair (x[i], x[i + hs/2]) by its token's angle: RoPE with GPT-NeoX's half-split pairing.
+
+    x is (B, nh, T, hs); rope is (cos, sin), each (T, hs/2) or (B, 1, T, hs/2).
+    """
+    cos, sin = rope
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The two attentions, and the block
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+
+    def forward(self, x, rope=None, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # 3 x (B, nh, T, hs)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.append(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+@dataclass
+class MetaTokens:
+    """Where the meta-tokens of a batch are: what meta-attention needs to know."""
+    index: torch.Tensor   # (B, M, 1), int64: position in the sequence, ascending; padded at the end with 0
+    padding: torch.Tensor  # (B, M, 1), bool: rows of sequences with fewer than M meta-tokens
+    rope: tuple | None    # (cos, sin) at these positions, each (B, 1, M, hs/2)
+
+
+class MetaAttention(CausalSelfAttention):
+    """softmax(Q K^T / sqrt(d_k) + M + P) V, where P[i, j] = 0 if i and j are meta-tokens, else -inf (paper, section 2).
+
+    Among the meta-tokens alone, in their order, M + P is the causal mask. A text token's row is all -inf: it gets
+    exactly nothing. Padding stands behind every real row, so that causality hides it.
+    """
+
+    def forward(self, x, norm, meta, cache=None):
+        """x + meta_attn(norm(x)), for x (B, T, C)."""
+        index = meta.index.expand(-1, -1, x.size(-1))
+        rows = norm(x.gather(1, index))                                  # (B, M, C)
+        rows = super().forward(rows, meta.rope, cache)
+        return x.scatter_add(1, index, rows.masked_fill(meta.padding, 0).type_as(x))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2's GELU
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        if config.meta_attention:
+            self.ln_meta = nn.LayerNorm(config.n_embd, bias=config.bias)
+            self.meta_attn = MetaAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope=None, meta=None, cache=None):
+        """x (B, T, C) -> (B, T, C). meta is None where there is no meta-token, or no meta-attention."""
+        x = x + self.attn(self.ln_1(x), rope, cache and cache.text)
+        if meta is not None:
+            x = self.meta_attn(x, self.ln_meta, meta, cache and cache.meta)
+        return x + self.mlp(self.ln_2(x))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Key-value caches, for generation
+
+class KVCache:
+    """The keys and values of one attention, allocated once for `size` tokens: (B, nh, size, hs)."""
+
+    def __init__(self, size):
+        self.size, self.length = size, 0
+        self.k = self.v = None
+        self.padding = None  # (B, size), bool: slots that hold no token; None: every slot holds one
+
+    def append(self, k, v):
+        """Adds (B, nh, n, hs) behind the rest. Returns all keys, all values, and the mask of the new queries:
+        None where is_causal says the same (nothing came before) or there is nothing to hide."""
+        if self.k is None:
+            B, nh, _, hs = k.shape
+            self.k, self.v = k.new_empty(B, nh, self.size, hs), v.new_empty(B, nh, self.size, hs)
+        past, n = self.length, k.size(2)
+        self.length = past + n
+        self.k[:, :, past:self.length], self.v[:, :, past:self.length] = k, v
+        mask = None
+        if past > 0 and n > 1:
+            mask = torch.ones(n, self.length, dtype=torch.bool, device=k.device).tril(past)
+        if past > 0 and self.padding is not None:
+            visible = ~self.padding[:, None, None, :self.length]
+            mask = visible if mask is None else visible & mask
+        return self.k[:, :, :self.length], self.v[:, :, :self.length], mask
+
+
+class BlockCache:
+    """One block's two caches. Meta-attention's grows at meta-tokens only."""
+
+    def __init__(self, size):
+        self.text, self.meta = KVCache(size), KVCache(size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+        })
+        if config.pos == "absolute":
+            self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        if config.pos == "rope":
+            inv_freq, self.attention_scale = rope_frequencies(config)
+            self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # GPT-2 scales what enters the residual stream
+                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.config.pos == "rope":  # model.bfloat16() must not round the frequencies
+            self.inv_freq = rope_frequencies(self.config)[0].to(self.inv_freq.device)
+        return self
+
+    def num_params(self, non_embedding=True):
+        """Parameters, by default without the position table, as GPT-2's are counted (124M)."""
+        n = sum(p.numel() for p in self.parameters())
+        return n - self.transformer.wpe.weight.numel() if non_embedding and self.config.pos == "absolute" else n
+
+    def flops_per_token(self, T, n_meta=0):
+        """Floating-point operations of forward and backward for one of T positions, n_meta of them meta-tokens:
+        6 per parameter plus 12 C T per attention layer (PaLM, appendix B, as nanoGPT counts), and meta-attention's
+        share of both at the meta-tokens alone."""
+        c = self.config
+        meta_params = sum(p.numel() for name, p in self.named_parameters() if "meta" in name)
+        text = 6 * (self.num_params() - meta_params) + 12 * c.n_layer * c.n_embd * T
+        return text + c.meta_attention * n_meta / T * (6 * meta_params + 12 * c.n_layer * c.n_embd * n_meta)
+
+    def forward(self, idx, targets=None, n_meta=None, cache=None):
+        """idx: (B, T) token ids; targets: (B, T), -1 where there is nothing to predict.
+        n_meta: an upper bound on the meta-tokens of a row, as a host integer; without it they are counted, which
+        waits for the device. cache: a list of BlockCache, to which idx is appended.
+
+        Returns (logits, None), logits (B, T, vocab_size); or, with targets, (None, loss): the mean cross-entropy in
+        nats over the positions whose target is neither -1 nor the meta-token (paper, section 3).
+        Raises ValueError where learned positions end before the sequence does.
+        """
+        c, T = self.config, idx.size(1)
+        past = cache[0].text.length if cache else 0
+        if c.pos == "absolute" and past + T > c.block_size:
+            raise ValueError(f"{past + T} tokens, but there are learned positions for block_size={c.block_size}")
+        positions = torch.arange(past, past + T, device=idx.device)
+        is_meta = None if c.meta_id is None else idx == c.meta_id                    # (B, T)
+
+        x = self.transformer.wte(idx)                                                # (B, T, C)
+        if c.zero_meta_embd and is_meta is not None:
+            x = x.masked_fill(is_meta.unsqueeze(-1), 0)
+        if c.pos == "absolute":
+            p = self.transformer.wpe(positions)                                      # (T, C)
+            x = x + (p if is_meta is None or not c.zero_meta_pos else p * ~is_meta.unsqueeze(-1))
+        x = F.dropout(x, c.dropout, self.training)
+
+        rope = self._rope_tables(positions, is_meta) if c.pos == "rope" else None
+        meta = self._find_meta(is_meta, n_meta, rope, cache) if c.meta_attention else None
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, rope, meta, cache[i] if cache else None)
+        x = self.transformer.ln_f(x)
+
+        logits = self.lm_head(x)
+        if targets is None:
+            return logits, None
+        if c.meta_id is not None:
+            targets = targets.masked_fill(targets == c.meta_id, -1)
+        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        return None, F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
+
+    def _rope_tables(self, positions, is_meta):
+        """cos and sin, (T, hs/2); or (B, 1, T, hs/2) when meta-tokens are turned by no angle ("No Pos")."""
+        angles = positions.unsqueeze(-1) * self.inv_freq                             # (T, hs/2), float32
+        if self.config.zero_meta_pos and is_meta is not None:
+            angles = angles * ~is_meta[:, None, :, None]
+        return angles.cos() * self.attention_scale, angles.sin() * self.attention_scale
+
+    def _find_meta(self, is_meta, n_meta, rope, cache):
+        """The positions of the meta-tokens, each row's first; None if there are none."""
+        B, T = is_meta.shape
+        M = int(is_meta.sum(1).max()) if n_meta is None else min(n_meta, T)
+        if M == 0:
+            return None
+        count = is_meta.cumsum(1)                                                    # (B, T)
+        slot = torch.where(is_meta, count - 1, M)                                    # text goes to slot M, cut off below
+        index = slot.new_zeros(B, M + 1).scatter_(1, slot.clamp(max=M), torch.arange(T, device=slot.device).expand(B, T))[:, :M]
+        padding = torch.arange(M, device=slot.device) >= count[:, -1:]               # (B, M)
+        if rope is not None:
+            rope = tuple(t.expand(B, 1, -1, -1).gather(2, index[:, None, :, None].expand(-1, 1, -1, t.size(-1))) for t in rope)
+        if cache:
+            self._pad_meta_caches(cache, padding)
+        return MetaTokens(index.unsqueeze(-1), padding.unsqueeze(-1), rope)
+
+    def _pad_meta_caches(self, cache, padding):
+        """Lets later queries pass over the slots that rows with fewer meta-tokens are about to leave empty."""
+        first = cache[0].meta
+        if first.padding is None:
+            first.padding = padding.new_zeros(padding.size(0), self.config.block_size)
+        first.padding[:, first.length:first.length + padding.size(1)] = padding
+        for block in cache:
+            block.meta.padding = first.padding
+
+    def configure_optimizer(self, learning_rate, weight_decay=0.1, betas=(0.9, 0.95)):
+        """AdamW that decays matrices only, in its fused form where the device has one."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+                  {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=parameters[0].device.type in ("cuda", "cpu"))
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Trained models
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint, **overrides):
+        """The model of a checkpoint of train.py (see load_checkpoint). overrides: fields of GPTConfig that do not
+        change the parameters (block_size, yarn_scale, dropout, zero_meta_pos, zero_meta_embd).
+
+        Raises ValueError if the weights do not fit the architecture.
+        """
+        model = cls(replace(GPTConfig(**checkpoint["model_config"]), **overrides))
+        try:
+            model.load_state_dict(checkpoint["model"])
+        except RuntimeError as e:
+            raise ValueError(f"the checkpoint is of another architecture: {' '.join(str(e).split())[:200]}") from None
+        return model
+
+    @classmethod
+    def from_pretrained(cls, name, meta_id=None, meta_attention=False, dropout=0.0):
+        """OpenAI's GPT-2 in Hugging Face's format. name: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with
+        config.json and pytorch_model.bin. With a meta_id, meta-tokens are added, see with_meta_tokens.
+
+        Raises ValueError, with what to do, if it cannot be had or is no GPT-2.
+        """
+        config_file, weights_file = (find_pretrained(name, file) for file in ("config.json", "pytorch_model.bin"))
+        with open(config_file, encoding="utf-8") as file:
+            hf = json.load(file)
+        if hf.get("model_type") != "gpt2":
+            raise ValueError(f"{name} is no GPT-2: its config.json says model_type {hf.get('model_type')}")
+        model = cls(GPTConfig(block_size=hf["n_positions"], vocab_size=hf["vocab_size"], n_layer=hf["n_layer"],
+                              n_head=hf["n_head"], n_embd=hf["n_embd"], dropout=dropout, bias=True, pos="absolute",
+                              meta_id=None, meta_attention=False))
+        weights = {key.removeprefix("transformer."): value for key, value in read_torch_file(weights_file).items()}
+        weights["lm_head.weight"] = weights["wte.weight"]
+        state = model.state_dict()
+        for key, own in state.items():
+            value = weights.get(key.removeprefix("transformer."))
+            if value is not None and key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+                value = value.t()  # Hugging Face's Conv1D holds (in, out)
+            if value is None or value.shape != own.shape:
+                raise ValueError(f"{weights_file}: {key} of shape {tuple(own.shape)} is missing")
+            with torch.no_grad():
+                own.copy_(value)
+        return model if meta_id is None else model.with_meta_tokens(meta_id, meta_attention)
+
+    @torch.no_grad()
+    def with_meta_tokens(self, meta_id, meta_attention=True):
+        """A copy of this model without meta-tokens that has them, and computes the same logits for text.
+
+        Meta-attention's output starts at zero. The rows of the embedding beyond the text's start at the mean of those:
+        at zero, their logits would tower over a trained model's, which lie far below 0.
+        """
+        vocab_size = max(self.config.vocab_size, pad_vocab(meta_id + 1))
+        text = min(self.config.text_vocab_size, meta_id)
+        model = GPT(replace(self.config, vocab_size=vocab_size, meta_id=meta_id, meta_attention=meta_attention, text_vocab_size=text))
+        state = model.state_dict()
+        for key, value in self.state_dict().items():
+            if key not in ("transformer.wte.weight", "lm_head.weight"):
+                state[key].copy_(value)
+        wte = self.transformer.wte.weight
+        model.transformer.wte.weight.copy_(wte[:text].mean(0)).narrow(0, 0, text).copy_(wte[:text])
+        for block in model.transformer.h:
+            if meta_attention:
+                nn.init.zeros_(block.meta_attn.c_proj.weight)
+        return model
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Generation
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, *args, **kwargs):
+        """The prompt idx (B, T) and everything fed after it, meta-tokens included: (B, T + ...). Takes what stream takes."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, *args, **kwargs)], dim=1)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, meta_rate=0.0, seed=None,
+               generator=None, use_cache=True, on_full=None):
+        """Yields the tokens that follow the prompt idx (B, T), as (B, 1): max_new_tokens of text, and meta-tokens.
+
+        temperature 0 is greedy. A meta-token is never sampled: a schedule, drawn beforehand for the whole batch, has
+        round(meta_rate * block_size) of the positions 1..block_size-1 of each block of the sequence, and feeds one there.
+        When the window is full, generation goes on from its last half, re-based to position 0 (on_full is then called,
+        once). use_cache=False computes the same from the whole window each time.
+        Raises ValueError for an empty prompt, or a meta_rate for a model without meta-tokens.
+        """
+        c, device = self.config, idx.device
+        if idx.size(1) == 0:
+            raise ValueError("an empty prompt: give at least one token")
+        if meta_rate > 0 and c.meta_id is None:
+            raise ValueError(f"meta_rate={meta_rate}, but the model has no meta-tokens")
+        if generator is None and temperature > 0:
+            generator = torch.Generator(device).manual_seed(torch.seed() if seed is None else seed)
+        is_scheduled = self._schedule(meta_rate, generator, seed)
+        window, new, cache, position = idx, idx, None, idx.size(1)  # new: what the cache has not seen
+        for _ in range(max_new_tokens):
+            while is_scheduled(position):  # a meta-token is fed along with the text token before it, in one step
+                token = torch.full_like(idx[:, :1], c.meta_id)
+                window, new, position = torch.cat([window, token], 1), torch.cat([new, token], 1), position + 1
+                yield token
+            if window.size(1) > c.block_size:
+                window, cache = window[:, -(max(c.block_size // 2, 1)):], None
+                if on_full:
+                    on_full()
+                    on_full = None
+            if use_cache and cache is None:
+                cache, new, n_meta = [BlockCache(c.block_size) for _ in range(c.n_layer)], window, None
+            else:
+                n_meta = new.size(1) - 1  # all but the sampled token
+            logits = self(new, n_meta=n_meta, cache=cache)[0] if use_cache else self(window)[0]
+            new = self._sample(logits[:, -1], temperature, top_k, top_p, generator)
+            window, position = torch.cat([window, new], 1), position + 1
+            yield new
+
+    def _schedule(self, meta_rate, generator, seed):
+        """A function of a position in the sequence: is a meta-token due there?"""
+        size, blocks = self.config.block_size, []
+        rng = torch.Generator().manual_seed(seed if seed is not None else generator.initial_seed() if generator else 0)
+
+        def is_scheduled(position):
+            while meta_rate > 0 and len(blocks) <= position // size:
+                blocks.append(set((torch.randperm(size - 1, generator=rng)[:round(meta_rate * size)] + 1).tolist()))
+            return meta_rate > 0 and position % size in blocks[position // size]
+
+        return is_scheduled
+
+    def _sample(self, logits, temperature, top_k, top_p, generator):
+        """Next text tokens (B, 1) from logits (B, vocab_size)."""
+        c = self.config
+        logits = logits[:, :c.text_vocab_size].float()
+        if c.meta_id is not None and c.meta_id < c.text_vocab_size:
+            logits[:, c.meta_id] = -math.inf
+        if temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        logits = logits / temperature
+        if top_k and top_k < logits.size(-1):
+            logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+        if top_p is not None and top_p < 1:
+            values, order = logits.sort(descending=True)
+            before = values.softmax(-1).cumsum(-1) - values.softmax(-1)  # probability of all that are likelier
+            logits = logits.scatter(1, order, values.masked_fill(before >= top_p, -math.inf))
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+def pad_vocab(n):
+    """The next multiple of 64, which matrix units like better."""
+    return -(-n // 64) * 64
+
+
+def read_torch_file(path):
+    """Tensors and plain values from a file of torch.save; code in it is refused. Raises ValueError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"no checkpoint {path}") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is not a checkpoint, or holds more than weights: refused") from None
+    except (RuntimeError, EOFError, OSError, KeyError) as e:
+        raise ValueError(f"{path} is truncated or damaged ({str(e).split(chr(10))[0][:100]})") from None
+
+
+def load_checkpoint(path):
+    """The dictionary that train.py saved: 'model', 'model_config', 'optimizer', 'settings', 'step', ...
+
+    path is a .pt file, or a folder that holds ckpt.pt. Raises ValueError, one line, if it is missing, truncated or
+    something else.
+    """
+    if not path.endswith(".pt"):
+        path = os.path.join(path, "ckpt.pt")
+    checkpoint = read_torch_file(path)
+    known = {f.name for f in fields(GPTConfig)}
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_config"), dict) or "model" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of train.py")
+    if unknown := set(checkpoint["model_config"]) - known:
+        raise ValueError(f"{path} was written by another version: unknown {', '.join(sorted(unknown))}")
+    return checkpoint
+
+
+def find_pretrained(name, file):
+    """Path of a file of a pre-trained GPT-2, in the folder `name` or from the Hugging Face hub."""
+    if os.path.isdir(name):
+        if not os.path.isfile(path := os.path.join(name, file)):
+            raise ValueError(f"{name} holds neither ckpt.pt nor Hugging Face's {file}")
+        return path
+    try:
+        from huggingface_hub import hf_hub_download
+        return hf_hub_download(name if "/" in name else f"openai-community/{name}", file)
+    except Exception as e:  # the hub's own errors are many: offline, unknown, not permitted, not installed
+        raise ValueError(f"cannot get {file} of '{name}' from the Hugging Face hub ({type(e).__name__}): go online, or "
+                         f"put config.json and pytorch_model.bin into a folder and name that") from None
