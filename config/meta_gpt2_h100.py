@@ -1,0 +1,8 @@
+"""The paper's model on one 80 GB GPU: the same 480 sequences a step, in larger micro-batches."""
+dataset = "c4_meta"
+source = "allenai/c4:en"
+max_tokens = 89e9
+out_dir = "out/meta_gpt2_h100"
+batch_size = 24
+gradient_accumulation_steps = 20
+eval_iters = 100                # as much validation text as 200 x 12

@@ -1,0 +1,548 @@
+"""Trains a GPT-2 with meta-tokens: on a CPU, on one GPU, or on many.
+
+    python train.py config/quickstart.py                                  # five minutes on a laptop
+    python train.py config/meta_gpt2_h100.py                              # the paper's 152M model on one GPU
+    torchrun --nproc_per_node=8 train.py                                  # the same on eight
+
+What a step does is a function of the settings and its number alone: killed and resumed, or spread over more
+processes, a run takes the same steps. Writes ckpt.pt (the last state), best.pt (of the lowest validation loss),
+log.jsonl and loss.png to out_dir.
+"""
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import config as settings
+import prepare
+from model import GPT, GPTConfig, load_checkpoint, pad_vocab
+
+FROM_CHECKPOINT = ("n_layer", "n_head", "n_embd", "bias", "pos", "rope_base", "beta_fast", "beta_slow", "meta_attention")
+MAY_OVERRIDE = ("block_size", "yarn_scale", "dropout", "zero_meta_pos", "zero_meta_embd")
+OF_THIS_RUN = ("init_from", "out_dir", "overwrite", "eval_only", "device", "dtype", "compile")  # not kept by --init_from=resume
+
+# Peak of dense bf16/fp16 matrix products in FLOP/s, by the name that the driver gives the device (first match counts)
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+              "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Machine
+
+class Machine:
+    """Device, precision and place among the processes."""
+
+    def __init__(self, config):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device, self.dtype = pick_device(config, int(os.environ.get("LOCAL_RANK", 0)))
+        self.type = self.device.type
+        self.compile = config.compile == "True" or (config.compile == "auto" and self.type == "cuda")
+        if self.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+        if self.world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.type == "cuda" else "gloo")
+
+    def autocast(self):
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.type, self.dtype)
+
+    def sum(self, values, op=dist.ReduceOp.SUM):
+        """The sums (or maxima) over all processes of a list of numbers."""
+        values = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(values, op)
+        return values.tolist()
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def name(self):
+        return torch.cuda.get_device_name(self.device) if self.type == "cuda" else self.type
+
+    def peak_flops(self):
+        """FLOP/s of all processes together; None for an unknown device or precision."""
+        if self.type != "cuda" or self.dtype == torch.float32:
+            return None
+        return next((self.world * peak for name, peak in PEAK_FLOPS.items() if name in self.name()), None)
+
+
+def pick_device(config, local_rank=0):
+    """(torch.device, dtype of the matrix products) for the settings device and dtype. Raises SystemExit."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+    except RuntimeError:
+        raise config.error(f"device={name}: expected cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise config.error(f"device={name}, but this machine has {torch.cuda.device_count()} CUDA devices: use --device=cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise config.error(f"device={name}, but this machine has no MPS: use --device=cpu")
+    if config.dtype != "auto":
+        return device, getattr(torch, config.dtype)
+    if device.type == "cuda":
+        return device, torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return device, torch.bfloat16 if fast else torch.float32
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+class Blocks:
+    """The blocks of one split: x is a block, y the same tokens one later."""
+
+    def __init__(self, config, manifest, split):
+        self.block_size, self.meta_id = manifest["block_size"], manifest["meta_id"]
+        self.text_per_block = self.block_size - manifest["meta_per_block"]
+        dtype = np.uint16 if self.meta_id < 2**16 else np.uint32
+        shards = manifest["splits"][split]["shards"]
+        self.paths = [os.path.join(prepare.folder_of(config), shard["file"]) for shard in shards]
+        self.shards = [np.memmap(path, dtype, mode="r") for path in self.paths]
+        self.ends = np.cumsum([(len(shard) - 1) // self.block_size for shard in self.shards])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def batch(self, numbers):
+        """(x, y), each int64 (len(numbers), T). Raises SystemExit for an id that no tokenizer wrote."""
+        tokens = np.empty((len(numbers), self.block_size + 1), dtype=np.int64)
+        for row, number in zip(tokens, numbers):
+            shard = int(np.searchsorted(self.ends, number, side="right"))
+            start = int(number - (self.ends[shard - 1] if shard else 0)) * self.block_size
+            row[:] = self.shards[shard][start:start + self.block_size + 1]
+            if row.max() > self.meta_id:
+                raise SystemExit(f"error: {self.paths[shard]}: token id {row.max()} is beyond the vocabulary: "
+                                 f"run {prepare.prepare_command()} --overwrite")
+        tokens = torch.from_numpy(tokens)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def shuffled(positions, n, seed, epoch):
+    """Where a pseudo-random permutation of range(n) sends positions (uint64 array): one epoch's order, without a table.
+
+    A Feistel network permutes the next power of 4; what falls outside range(n) is sent on until it falls inside.
+    """
+    half = np.uint64(max((n - 1).bit_length() + 1, 2) // 2)
+    low = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(6, np.uint64)
+
+    def permute(v):
+        left, right = v >> half, v & low
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & low)
+        return left << half | right
+
+    positions = permute(positions)
+    while (outside := positions >= n).any():
+        positions[outside] = permute(positions[outside])
+    return positions
+
+
+def micro_batches(blocks, config, machine, step):
+    """This process's micro-batches (x, y), for ever, from a step on. Which blocks a micro-batch holds depends on the
+    seed, the step and its number among all processes' alone."""
+    while True:
+        for micro in range(machine.rank, config.gradient_accumulation_steps, machine.world):
+            first = (step * config.gradient_accumulation_steps + micro) * config.batch_size
+            samples = np.arange(first, first + config.batch_size, dtype=np.uint64)
+            epochs, positions = np.divmod(samples, np.uint64(len(blocks)))
+            numbers = np.concatenate([shuffled(positions[epochs == e], len(blocks), config.seed, int(e)) for e in np.unique(epochs)])
+            x, y = blocks.batch(numbers)
+            yield (x.pin_memory(), y.pin_memory()) if machine.type == "cuda" else (x, y)
+        step += 1
+
+
+def prefetched(batches, device):
+    """The same batches on the device, the next one read in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, batches)
+        while True:
+            x, y = coming.result()
+            coming = reader.submit(next, batches)
+            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def evaluate(model, blocks, config, machine):
+    """Mean loss in nats per text token over the first eval_iters * batch_size * block_size text tokens of the split:
+    the same text whatever the meta_rate. Processes share the blocks."""
+    n = min(len(blocks), max(1, round(config.eval_iters * config.batch_size * config.block_size / blocks.text_per_block)))
+    numbers = range(machine.rank, n, machine.world)
+    model.eval()
+    total = torch.zeros((), device=machine.device)
+    for i in range(0, len(numbers), config.batch_size):
+        own = numbers[i:i + config.batch_size]
+        x, y = blocks.batch([*own, *[0] * (config.batch_size - len(own))])
+        y[len(own):] = -1  # a full batch keeps the shape that is compiled
+        with machine.autocast():
+            loss = model(x.to(machine.device), y.to(machine.device), n_meta=blocks.block_size - blocks.text_per_block)[1]
+        total += loss * len(own)
+    model.train()
+    total, count = machine.sum([total.item(), len(numbers)])
+    return total / count
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model and checkpoints
+
+def load_trained(config):
+    """(model, checkpoint) that init_from names, on the CPU: a checkpoint (the one in out_dir for 'resume' and 'scratch') or
+    OpenAI's GPT-2, for which checkpoint is None. The config takes over architecture and tokenizer.
+
+    Raises SystemExit where the command line asks for another architecture, ValueError for a bad file.
+    """
+    if is_pretrained(config.init_from):
+        adopt_tokenizer(config, "gpt2")
+        model, checkpoint = GPT.from_pretrained(config.init_from, dropout=config.dropout), None
+        adopt(config, asdict(model.config))
+    else:
+        checkpoint = load_checkpoint(config.out_dir if config.init_from in ("resume", "scratch") else config.init_from)
+        adopt_tokenizer(config, checkpoint["settings"]["tokenizer"])
+        adopt(config, checkpoint["model_config"])
+        overrides = {name: getattr(config, name) for name in MAY_OVERRIDE}
+        if config.pos == "absolute":  # the table stays
+            overrides["block_size"] = checkpoint["model_config"]["block_size"]
+        model = GPT.from_checkpoint(checkpoint, **overrides)
+    if config.pos == "absolute" and config.block_size > model.config.block_size:
+        raise config.error(f"block_size={config.block_size}, but the checkpoint has learned positions for {model.config.block_size}")
+    return model, checkpoint
+
+
+def adopt_tokenizer(config, name):
+    if config.given("tokenizer") and config.tokenizer != name:
+        raise config.error(f"tokenizer={config.tokenizer}, but the checkpoint reads {name}")
+    config.tokenizer = name
+
+
+def adopt(config, model_config):
+    """Takes the architecture from a checkpoint. Meta-attention may be asked of a model without meta-tokens."""
+    for name in FROM_CHECKPOINT + MAY_OVERRIDE:
+        value, asked = model_config[name], getattr(config, name)
+        if (name in MAY_OVERRIDE and config.given(name)) or (name == "meta_attention" and model_config["meta_id"] is None):
+            continue
+        if config.origin.get(name) == "command line" and asked != value:
+            raise config.error(f"{name}={asked}, but the checkpoint has {value}: leave it out, or train from scratch")
+        setattr(config, name, value)
+
+
+def new_model_config(config, text_vocab_size=256):
+    """The architecture that the settings ask for. Raises ValueError if there is none such."""
+    return GPTConfig(vocab_size=pad_vocab(text_vocab_size + 1), meta_id=text_vocab_size if config.meta_rate > 0 else None,
+                     text_vocab_size=text_vocab_size, **{name: getattr(config, name) for name in FROM_CHECKPOINT + MAY_OVERRIDE})
+
+
+def is_pretrained(init_from):
+    """A name of OpenAI's GPT-2, or a folder in Hugging Face's format."""
+    return os.path.isfile(os.path.join(init_from, "config.json")) or (init_from.startswith("gpt2") and not os.path.exists(init_from))
+
+
+def resume_settings(config):
+    """With --init_from=resume, whatever was not given now is as it was then."""
+    for name, value in load_checkpoint(config.out_dir)["settings"].items():
+        if name in settings.SETTINGS and name not in OF_THIS_RUN and not config.given(name):
+            setattr(config, name, value)
+
+
+def save(path, checkpoint):
+    """Replaces the file at once, or leaves it as it is. Raises SystemExit if the disk is full."""
+    try:
+        with open(path + ".tmp", "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        before = f"{path} is still the one before" if os.path.exists(path) else "nothing was written"
+        raise SystemExit(f"error: cannot save {path} ({str(e).splitlines()[0]}): {before}; make room and {go_on_command()}") from None
+
+
+def keep_best(out_dir):
+    """Makes best.pt what ckpt.pt is now."""
+    last, best = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "best.pt")
+    try:
+        os.link(last, best + ".tmp")  # no second copy: ckpt.pt will be replaced, not written to
+    except OSError:
+        shutil.copyfile(last, best + ".tmp")
+    os.replace(best + ".tmp", best)
+
+
+def go_on_command():
+    arguments = [arg for arg in sys.argv[1:] if not arg.startswith(("--init_from", "--overwrite"))]
+    program = "torchrun ... train.py" if "WORLD_SIZE" in os.environ else "python train.py"
+    return f"go on with: {' '.join([program, *arguments, '--init_from=resume'])}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The log
+
+class Log:
+    """log.jsonl, lines on the terminal, and loss.png; of the first process only."""
+
+    def __init__(self, config, machine, step):
+        self.path, self.on = os.path.join(config.out_dir, "log.jsonl"), machine.rank == 0
+        self.picture = os.path.join(config.out_dir, "loss.png")
+        self.entries = []
+        if self.on and step > 0 and os.path.exists(self.path):  # what was logged before the checkpoint
+            with open(self.path, encoding="utf-8") as file:
+                self.entries = [e for e in map(json.loads, file) if e["step"] <= step]
+        if self.on:
+            with open(self.path, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(e) + "\n" for e in self.entries)
+
+    def write(self, line=None, **entry):
+        if self.on:
+            self.entries.append(entry)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        self.say(line)
+
+    def say(self, line):
+        if self.on and line:
+            print(line, flush=True)
+
+    def draw(self):
+        if not self.on or len(self.entries) < 2:
+            return
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        for name, label, style in (("loss", "training", {"alpha": 0.6}), ("val_loss", "validation", {"marker": "o", "markersize": 3})):
+            points = [(e["text_tokens"] / 1e6, e[name]) for e in self.entries if name in e]
+            if points:
+                axes.plot(*zip(*points), label=f"{label}, {points[-1][1]:.3f} at the end", **style)
+        losses = [e[name] for e in self.entries for name in ("loss", "val_loss") if name in e]
+        top = min(max(losses), 2.5 * min(losses))  # the first steps would flatten the rest
+        axes.set(xlabel="text tokens seen (millions)", ylabel="loss (nats per text token)", ylim=(0.95 * min(losses), top))
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(self.picture + ".tmp", format="png", dpi=120)
+        plt.close(figure)
+        os.replace(self.picture + ".tmp", self.picture)
+
+
+def duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+def learning_rate(config, step, minutes):
+    """Linear warm-up, then a cosine down to min_lr over the steps, or over the minutes if these end first."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    progress = (step - config.warmup_iters) / max((config.lr_decay_iters or config.max_iters) - config.warmup_iters, 1)
+    if config.max_minutes:
+        progress = max(progress, minutes / config.max_minutes)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * min(progress, 1))) * (config.learning_rate - config.min_lr)
+
+
+def check_start(config, machine):
+    """Refuses what would go wrong later."""
+    if config.init_from == "scratch":
+        if config.yarn_scale > 1:
+            raise config.error(f"yarn_scale={config.yarn_scale} extends a trained model: name it with --init_from=")
+        if config.meta_attention and config.meta_rate == 0:
+            raise config.error(f"meta_attention={config.meta_attention} needs meta-tokens, but meta_rate={config.meta_rate}")
+        new_model_config(config)  # raises ValueError
+    if config.gradient_accumulation_steps % machine.world:
+        raise config.error(f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not divisible by the "
+                           f"{machine.world} processes")
+    last = os.path.join(config.out_dir, "ckpt.pt")
+    if config.init_from != "resume" and os.path.exists(last) and not config.overwrite and not config.eval_only:
+        raise config.error(f"{config.out_dir} holds a run already: --init_from=resume goes on with it, --overwrite replaces it, "
+                           "--out_dir= names another")
+
+
+def open_data(config, machine):
+    """The manifest of the data, checked; the embedded corpus is prepared on the way."""
+    if machine.rank == 0:
+        if config.source == "stdlib" and not os.path.exists(os.path.join(prepare.folder_of(config), "manifest.json")):
+            prepare.prepare(config)
+        manifest = prepare.read_manifest(config)
+        prepare.check_fit(config, manifest)
+        if sum(shard["bytes"] for split in manifest["splits"].values() for shard in split["shards"]) < 1e9:
+            prepare.verify(config, manifest)
+    machine.barrier()
+    return prepare.read_manifest(config)
+
+
+def train(config):
+    machine = Machine(config)
+    if config.init_from == "resume":
+        resume_settings(config)
+    check_start(config, machine)
+    raw_model, checkpoint = (None, None) if config.init_from == "scratch" else load_trained(config)
+    manifest = open_data(config, machine)
+    train_blocks, val_blocks = (Blocks(config, manifest, split) for split in ("train", "val"))
+    n_meta = manifest["meta_per_block"]
+    if raw_model is None:
+        torch.manual_seed(config.seed)
+        raw_model = GPT(new_model_config(config, manifest["vocab_size"]))
+    elif n_meta and raw_model.config.meta_id is None:
+        raw_model = raw_model.with_meta_tokens(manifest["meta_id"], config.meta_attention)
+    raw_model.to(machine.device)
+    optimizer = raw_model.configure_optimizer(config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
+    scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
+    step, best, minutes_before = 0, math.inf, 0.0
+    if config.init_from == "resume":
+        step, best, minutes_before = checkpoint["step"], checkpoint["best_val_loss"], checkpoint["minutes"]
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+    del checkpoint
+    model = torch.compile(raw_model) if machine.compile else raw_model
+    if machine.world > 1:
+        model = DistributedDataParallel(model, device_ids=[machine.device.index] if machine.type == "cuda" else None,
+                                        find_unused_parameters=raw_model.config.meta_attention and n_meta == 0)
+
+    own_micro_batches = config.gradient_accumulation_steps // machine.world
+    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    text_per_step = config.gradient_accumulation_steps * config.batch_size * train_blocks.text_per_block
+    flops_per_token, peak = raw_model.flops_per_token(config.block_size, n_meta), machine.peak_flops()
+
+    if config.eval_only:
+        loss = evaluate(model, val_blocks, config, machine)
+        if machine.rank == 0:
+            print(f"validation {loss:.4f} nats per text token")
+        return
+
+    os.makedirs(config.out_dir, exist_ok=True)
+    log = Log(config, machine, step)
+    log.write(f"{raw_model.num_params() / 1e6:.1f}M parameters; {len(train_blocks) * config.block_size / 1e6:,.1f}M training tokens, "
+              f"{tokens_per_step:,} a step; {machine.world} x {machine.name()}, {str(machine.dtype).removeprefix('torch.')}"
+              + (", compiled" if machine.compile else ""),
+              step=step, text_tokens=step * text_per_step, parameters=raw_model.num_params(), world=machine.world, device=machine.name(),
+              dtype=str(machine.dtype), torch=torch.__version__, settings=asdict(config))
+
+    def save_state():
+        if machine.rank == 0:
+            save(os.path.join(config.out_dir, "ckpt.pt"), {
+                "model": raw_model.state_dict(), "model_config": asdict(raw_model.config), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), "settings": asdict(config), "step": step, "best_val_loss": best, "minutes": minutes})
+
+    def check_finite(loss):
+        if not math.isfinite(loss):
+            last = os.path.join(config.out_dir, "ckpt.pt")
+            good = f"the last good checkpoint is {last}" if os.path.exists(last) else "no checkpoint was saved before"
+            raise SystemExit(f"error: the loss is {loss} at step {step}, learning rate {lr:.2e}: {good}; try a lower --learning_rate")
+
+    stop = False
+
+    def ask_to_stop(number, frame):
+        nonlocal stop
+        stop = True
+        signal.signal(number, signal.SIG_DFL)  # the second time is final
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
+
+    batches = prefetched(micro_batches(train_blocks, config, machine, step), machine.device)
+    started = logged = time.monotonic()
+    loss_sum, norm, lr = torch.zeros((), device=machine.device), 0.0, 0.0
+    first_step = logged_step = step
+    while True:
+        minutes = minutes_before + (time.monotonic() - started) / 60
+        if machine.world > 1:  # all processes stop at the same step, and go by the same clock
+            stop, minutes = machine.sum([stop, minutes], dist.ReduceOp.MAX)
+        done = step >= config.max_iters or (config.max_minutes and minutes >= config.max_minutes)
+
+        if step > logged_step and (step % config.log_interval == 0 or step % config.eval_interval == 0 or done or stop):
+            steps = step - logged_step
+            [loss] = machine.sum([loss_sum.item() / steps / machine.world])
+            check_finite(loss)
+            now = time.monotonic()
+            speed = steps * tokens_per_step / (now - logged)
+            left = (config.max_iters - step) * (now - logged) / steps
+            if config.max_minutes:
+                left = min(left, 60 * (config.max_minutes - minutes))
+            mfu = speed * flops_per_token / peak if peak else None
+            log.write(f"step {step:>{len(str(config.max_iters))}}/{config.max_iters} | loss {loss:.4f} | {speed:,.0f} tokens/s"
+                      + (f" | MFU {100 * mfu:.1f}%" if mfu else "") + f" | lr {lr:.2e} | ETA {duration(max(left, 0))}",
+                      step=step, text_tokens=step * text_per_step, loss=loss, lr=lr, grad_norm=float(norm), tokens_per_s=speed,
+                      mfu=mfu, minutes=minutes)
+            logged, logged_step = now, step
+            loss_sum.zero_()
+
+        if stop:
+            save_state()
+            log.say(f"stopped and saved at step {step}; {go_on_command()}")
+            break
+        if done or (step % config.eval_interval == 0 and (step > first_step or step == 0)):
+            before = time.monotonic()
+            val_loss = evaluate(model, val_blocks, config, machine)
+            check_finite(val_loss)
+            improved, best = val_loss < best, min(val_loss, best)
+            if step > first_step or config.init_from != "resume":
+                save_state()
+            if improved and machine.rank == 0:
+                keep_best(config.out_dir)
+            log.write(f"step {step}: validation {val_loss:.4f} nats per text token" + (", the best so far" if improved else ""),
+                      step=step, text_tokens=step * text_per_step, val_loss=val_loss, minutes=minutes)
+            log.draw()
+            logged += time.monotonic() - before
+        if done:
+            break
+
+        lr = learning_rate(config, step, minutes)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for micro in range(own_micro_batches):
+            if machine.world > 1:
+                model.require_backward_grad_sync = micro == own_micro_batches - 1
+            if config.dropout > 0:  # the same masks whatever the number of processes
+                number = machine.rank + micro * machine.world
+                torch.manual_seed(int(np.random.SeedSequence([config.seed, step, number]).generate_state(1)[0]))
+            x, y = next(batches)
+            with machine.autocast():
+                loss = model(x, y, n_meta=n_meta)[1] / own_micro_batches
+            scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+    if machine.rank == 0 and not stop:
+        print(f"\n{config.out_dir}: ckpt.pt, best.pt ({best:.4f}), log.jsonl, loss.png. A sample:\n")
+        encoding = prepare.get_tokenizer(config.tokenizer)
+        prompt = torch.tensor([[encoding.eot_token]], device=machine.device)
+        raw_model.eval()
+        tokens = raw_model.generate(prompt, 300, temperature=0.8, meta_rate=config.meta_rate, seed=config.seed)
+        print(prepare.decode(encoding, tokens[0].tolist()))
+
+
+def main(argv=None):
+    config = settings.load(argv)
+    try:
+        train(config)
+    except ValueError as e:
+        raise config.error(e) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
