@@ -1,0 +1,1003 @@
+"""What the project promises, each promise checked against something independent of the code that keeps it."""
+import glob
+import gzip
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+from torch.nn import functional as F
+
+import config as settings
+import prepare
+import sample
+import train
+from model import GPT, GPTConfig, load_checkpoint, pad_vocab, rope_frequencies
+
+torch.set_num_threads(1)  # tiny models: two threads would wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+META = 60
+TINY = GPTConfig(block_size=64, vocab_size=64, n_layer=2, n_head=2, n_embd=16, meta_id=META)
+
+
+def gpt2_bpe():
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception:
+        pytest.skip("GPT-2's BPE files are neither in TIKTOKEN_CACHE_DIR nor to be had from the network")
+
+
+def build(seed=0, **changes):
+    """A tiny model in float64 with parameters large enough to tell apart what differs."""
+    torch.manual_seed(seed)
+    model = GPT(replace(TINY, **changes)).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    return model
+
+
+def text_with_meta(counts, T=24, seed=0):
+    """(len(counts), T) ids with so many meta-tokens in each row."""
+    rng = torch.Generator().manual_seed(seed)
+    idx = torch.randint(0, META, (len(counts), T), generator=rng)
+    for row, count in zip(idx, counts):
+        row[torch.randperm(T, generator=rng)[:count]] = META
+    return idx
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model, against the formulas with dense masks
+
+def dense_attention(x, layer, n_head, allowed, angles, scale):
+    """softmax(QK^T/sqrt(d) + mask) V with an explicit (B, T, T) mask and complex rotations; rows that see nothing are 0."""
+    B, T, C = x.shape
+    q, k, v = (t.view(B, T, n_head, -1).transpose(1, 2) for t in F.linear(x, layer.c_attn.weight, layer.c_attn.bias).split(C, -1))
+    if angles is not None:
+        turn = torch.polar(torch.full_like(angles, scale), angles)[:, None]
+        half = q.size(-1) // 2
+        q, k = (torch.complex(t[..., :half], t[..., half:]) * turn for t in (q, k))
+        q, k = (torch.cat((t.real, t.imag), -1) for t in (q, k))
+    scores = q @ k.transpose(-1, -2) / math.sqrt(C // n_head)
+    weights = scores.masked_fill(~allowed[:, None], -math.inf).softmax(-1).nan_to_num(0)
+    out = F.linear((weights @ v).transpose(1, 2).reshape(B, T, C), layer.c_proj.weight, layer.c_proj.bias)
+    return out * allowed.any(-1, keepdim=True)
+
+
+def dense_gpt(model, idx):
+    """The paper's model as its equations say, position by position: logits (B, T, V)."""
+    c, w = model.config, model.transformer
+    B, T = idx.shape
+    is_meta = (idx == c.meta_id) if c.meta_id is not None else torch.zeros_like(idx, dtype=torch.bool)
+    causal = torch.ones(T, T, dtype=torch.bool).tril().expand(B, T, T)
+    x = w.wte.weight[idx]
+    if c.zero_meta_embd:
+        x = torch.where(is_meta[..., None], 0, x)
+    if c.pos == "absolute":
+        position = w.wpe.weight[:T].expand(B, T, -1)
+        x = x + (torch.where(is_meta[..., None], 0, position) if c.zero_meta_pos else position)
+    angles, scale = None, 1.0
+    if c.pos == "rope":
+        inv_freq, scale = rope_frequencies(c)
+        angles = (torch.arange(T)[:, None] * inv_freq).double().expand(B, T, -1)
+        if c.zero_meta_pos:
+            angles = torch.where(is_meta[..., None], 0, angles)
+
+    def norm(x, ln):
+        return F.layer_norm(x, (c.n_embd,), ln.weight, ln.bias)
+
+    for block in w.h:
+        x = x + dense_attention(norm(x, block.ln_1), block.attn, c.n_head, causal, angles, scale)
+        if c.meta_attention:
+            among = causal & is_meta[:, :, None] & is_meta[:, None, :]
+            x = x + dense_attention(norm(x, block.ln_meta), block.meta_attn, c.n_head, among, angles, scale)
+        hidden = F.linear(norm(x, block.ln_2), block.mlp.c_fc.weight, block.mlp.c_fc.bias)
+        hidden = 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+        x = x + F.linear(hidden, block.mlp.c_proj.weight, block.mlp.c_proj.bias)
+    return norm(x, w.ln_f) @ w.wte.weight.T
+
+
+@pytest.mark.parametrize("counts", [(3, 3), (0, 5, 1), (0, 0), (24, 2)], ids=["equal", "ragged", "none", "all"])
+@pytest.mark.parametrize("changes", [
+    {}, {"bias": True}, {"pos": "none"}, {"pos": "absolute"}, {"yarn_scale": 4.0, "original_block_size": 16},
+    {"zero_meta_pos": True}, {"pos": "absolute", "zero_meta_pos": True}, {"zero_meta_embd": True}, {"meta_attention": False},
+], ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "rope")
+def test_model_equals_dense_masks_in_values_and_gradients(counts, changes):
+    model, idx = build(**changes), text_with_meta(counts)
+    targets = torch.randint(0, META, idx.shape)
+    names, parameters = zip(*model.named_parameters())
+    dense_logits = dense_gpt(model, idx)
+    dense_loss = F.cross_entropy(dense_logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(model(idx)[0], dense_logits, rtol=1e-6, atol=1e-6)
+    for n_meta in (None, max(counts), max(counts) + 3):
+        loss = model(idx, targets, n_meta=n_meta)[1]
+        torch.testing.assert_close(loss, dense_loss, rtol=1e-6, atol=1e-6)
+    ours = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for name, a, b in zip(names, ours, torch.autograd.grad(dense_loss, parameters, allow_unused=True)):
+        a, b = (torch.zeros(1) if g is None else g for g in (a, b))
+        torch.testing.assert_close(a.expand_as(b) if a.numel() == 1 else a, b.expand_as(a) if b.numel() == 1 else b,
+                                   rtol=1e-5, atol=1e-6, check_dtype=False, msg=name)
+
+
+def test_no_token_sees_a_later_one():
+    model, idx = build(), text_with_meta((4, 7))
+    before = model(idx)[0]
+    for t in (5, 12, 23):
+        for token in (1, META):
+            changed = idx.clone()
+            changed[:, t] = token
+            torch.testing.assert_close(model(changed)[0][:, :t], before[:, :t], rtol=1e-10, atol=1e-10)
+
+
+def test_text_tokens_get_exactly_nothing_from_meta_attention():
+    model, idx = build(bias=True), text_with_meta((4, 0, 9))
+    seen = {}
+    model.transformer.h[0].meta_attn.register_forward_hook(lambda module, args, out: seen.update(before=args[0], after=out))
+    model(idx)
+    text = idx != META
+    assert torch.equal(seen["before"][text], seen["after"][text])
+    assert not torch.isclose(seen["before"][~text], seen["after"][~text]).all(-1).any()
+
+
+def test_rope_scores_depend_on_distance_alone():
+    model = build(n_layer=1)
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+
+    def score(i, j):
+        tables = [model._rope_tables(torch.tensor([t]), None) for t in (i, j)]
+        from model import rotate
+        return (rotate(q, tables[0]) * rotate(k, tables[1])).sum()
+
+    for distance in (0, 1, 7, 40):
+        torch.testing.assert_close(score(distance, 0), score(900 + distance, 900), rtol=1e-4, atol=1e-4)
+    assert not torch.isclose(score(3, 0), score(4, 0), rtol=1e-3)
+
+
+def test_yarn_reaches_its_known_limits():
+    config = GPTConfig(n_embd=768, n_head=12, block_size=1024)
+    plain, scale = rope_frequencies(config)
+    assert plain.dtype == torch.float32 and scale == 1.0
+    torch.testing.assert_close(plain, torch.tensor([10000 ** (-2 * i / 64) for i in range(32)]))
+    same, scale = rope_frequencies(replace(config, yarn_scale=1.0))
+    assert torch.equal(same, plain) and scale == 1.0
+    for s in (4.0, 8.0):
+        extended, scale = rope_frequencies(replace(config, block_size=int(1024 * s), yarn_scale=s))
+        assert scale == pytest.approx(0.1 * math.log(s) + 1)
+        assert torch.equal(extended[:6], plain[:6])                     # the ramp is 0 up to index 5
+        torch.testing.assert_close(extended[18:], plain[18:] / s)       # and 1 from index 18 on
+        between = (plain / extended)[6:18]
+        assert (between > 1).all() and (between < s).all() and (between.diff() > 0).all()
+    turns = 1024 * plain / (2 * math.pi)
+    assert (turns[:6] > 32).all() and (turns[18:] < 1).all()
+
+
+def test_zeroed_embedding_leaves_the_output_row_alone():
+    model, idx = build(zero_meta_embd=True), text_with_meta((4, 2))
+    before = model(idx)[0]
+    with torch.no_grad():
+        model.transformer.wte.weight[META] += 1
+    after = model(idx)[0]
+    others = torch.arange(64) != META
+    assert torch.equal(before[..., others], after[..., others])
+    assert not torch.isclose(before[:, 1:, META], after[:, 1:, META]).any()
+
+
+@pytest.mark.parametrize("switch", ["zero_meta_pos", "zero_meta_embd"])
+@pytest.mark.parametrize("pos", ["rope", "absolute"])
+def test_zeroing_acts_at_meta_tokens_only(pos, switch):
+    model, zeroed = build(pos=pos), build(pos=pos, **{switch: True})
+    without, idx = text_with_meta((0, 0)), text_with_meta((1, 1))
+    assert torch.equal(model(without)[0], zeroed(without)[0])
+    for row, (a, b) in zip(idx, zip(model(idx)[0], zeroed(idx)[0])):
+        first = int((row == META).nonzero()[0])
+        assert torch.equal(a[:first], b[:first])
+        if first > 0:  # at position 0 RoPE turns nothing anyway
+            assert not torch.isclose(a[first], b[first]).all()
+
+
+def test_loss_ignores_targets_that_are_meta_tokens_or_minus_one():
+    model, idx = build(), text_with_meta((5, 2))
+    targets = text_with_meta((6, 3), seed=1)
+    targets[0, :4] = -1
+    counted = (targets != META) & (targets != -1)
+    log_p = model(idx)[0].log_softmax(-1)
+    expected = -sum(log_p[b, t, targets[b, t]] for b, t in counted.nonzero()) / counted.sum()
+    torch.testing.assert_close(model(idx, targets)[1], expected)
+
+
+def test_parameter_counts_are_the_papers():
+    def millions(**changes):
+        with torch.device("meta"):
+            return GPT(GPTConfig(**changes)).num_params() / 1e6
+
+    assert millions() == pytest.approx(151.9, abs=0.05)
+    assert millions(meta_id=None, meta_attention=False, pos="absolute") == pytest.approx(123.6, abs=0.05)
+    assert abs(millions() - millions(meta_attention=False, n_layer=16)) < 0.004
+
+
+def test_flops_agree_with_torchs_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+    model = GPT(GPTConfig(block_size=256, vocab_size=512, n_layer=3, n_head=4, n_embd=128, meta_id=500))
+    idx = torch.randint(0, 500, (2, 256))
+    idx[:, 10:36] = 500
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(idx, idx, n_meta=26)[1].backward()
+    assert counter.get_total_flops() / idx.numel() == pytest.approx(model.flops_per_token(256, 26), rel=0.02)
+
+
+def test_a_training_step_neither_breaks_the_graph_nor_waits_for_the_device():
+    model = GPT(TINY)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    for seed in range(4):
+        idx = text_with_meta((3, 3), seed=seed)
+        torch.testing.assert_close(compiled(idx, idx, n_meta=3)[1], model(idx, idx)[1])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    model.to("meta")  # where no value exists that the host could wait for
+    idx = torch.zeros(2, 24, dtype=torch.long, device="meta")
+    model(idx, idx, n_meta=3)[1].backward()
+    with pytest.raises(RuntimeError):
+        model(idx, idx)
+
+
+def test_frequencies_survive_a_change_of_precision():
+    model = GPT(TINY)
+    assert torch.equal(model.bfloat16().inv_freq, rope_frequencies(TINY)[0])
+
+
+def test_optimizer_decays_matrices_only():
+    model = GPT(replace(TINY, bias=True))
+    for group in model.configure_optimizer(1e-3, weight_decay=0.1).param_groups:
+        assert all((p.dim() >= 2) == (group["weight_decay"] == 0.1) for p in group["params"])
+    assert sum(len(g["params"]) for g in model.configure_optimizer(1e-3).param_groups) == len(list(model.parameters()))
+
+
+def test_a_tiny_model_learns_one_batch_by_heart():
+    torch.manual_seed(0)
+    model, idx = GPT(replace(TINY, n_embd=32)), text_with_meta((3, 3), T=33)
+    optimizer = model.configure_optimizer(1e-2, weight_decay=0.0)
+    for _ in range(150):
+        loss = model(idx[:, :-1], idx[:, 1:], n_meta=3)[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.02
+
+
+@pytest.mark.parametrize("changes", [{"n_embd": 15}, {"n_embd": 6, "n_head": 2}, {"pos": "absolute", "yarn_scale": 2.0},
+                                     {"meta_id": None}, {"meta_id": 64}, {"pos": "spiral"}])
+def test_impossible_architectures_are_refused(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        replace(TINY, **changes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+
+@pytest.mark.parametrize("changes", [{}, {"pos": "absolute"}, {"pos": "none"}, {"zero_meta_pos": True}, {"meta_attention": False}],
+                         ids=str)
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 3, "top_k": 9}, {"seed": 4, "top_p": 0.7, "temperature": 1.3}], ids=str)
+def test_cached_generation_equals_uncached_past_the_window_too(changes, options):
+    model = build(block_size=16, **changes)
+    for counts, T in (((1, 4), 9), ((0, 3), 25), ((0,), 1)):
+        prompt = text_with_meta(counts, T)
+        cached, uncached = (model.generate(prompt, 40, meta_rate=0.2, use_cache=use, **options) for use in (True, False))
+        assert torch.equal(cached, uncached)
+        assert torch.equal(cached[:, :T], prompt)
+        assert ((cached[:, T:] != META).sum(1) == 40).all()
+
+
+def test_generation_samples_text_only_and_feeds_meta_tokens_on_schedule():
+    model = build(block_size=20)
+    with torch.no_grad():
+        model.transformer.wte.weight[META:] *= 50  # what must not be sampled would be
+    tokens = model.generate(torch.zeros(3, 1, dtype=torch.long), 200, meta_rate=0.15, seed=1)
+    assert (tokens[:, 1:] <= META).all()
+    places = tokens == META
+    assert (places == places[:1]).all()                       # one schedule for the batch
+    blocks = places[0, :len(places[0]) // 20 * 20].view(-1, 20)
+    assert (blocks.sum(1) == 3).all() and not blocks[:, 0].any()
+    assert len(blocks.unique(dim=0)) > 1
+    again = model.generate(torch.zeros(3, 1, dtype=torch.long), 200, meta_rate=0.15, seed=1)
+    assert torch.equal(tokens, again)
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    model, logits = build(), torch.full((1, 64), -20.0)
+    logits[0, :4] = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**options):
+        return {int(model._sample(logits.clone(), 1.0, generator=generator, **options)) for _ in range(200)}
+
+    assert drawn(top_k=2, top_p=None) == {0, 1}
+    assert drawn(top_k=None, top_p=0.79) == {0, 1}
+    assert drawn(top_k=None, top_p=0.81) == {0, 1, 2}
+
+
+def test_a_full_window_is_said_once():
+    said = []
+    build(block_size=8).generate(torch.zeros(1, 4, dtype=torch.long), 40, seed=0, on_full=lambda: said.append(1))
+    assert said == [1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GPT-2's own weights
+
+def hugging_face_folder(folder, vocab=50):
+    """A tiny GPT-2 of random weights in Hugging Face's format."""
+    C, L = 12, 2
+    torch.manual_seed(0)
+    shapes = {"wte.weight": (vocab, C), "wpe.weight": (16, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for i in range(L):
+        for name, shape in {"ln_1.weight": (C,), "ln_1.bias": (C,), "attn.c_attn.weight": (C, 3 * C), "attn.c_attn.bias": (3 * C,),
+                            "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,), "ln_2.weight": (C,), "ln_2.bias": (C,),
+                            "mlp.c_fc.weight": (C, 4 * C), "mlp.c_fc.bias": (4 * C,), "mlp.c_proj.weight": (4 * C, C),
+                            "mlp.c_proj.bias": (C,)}.items():
+            shapes[f"h.{i}.{name}"] = shape
+    weights = {name: torch.randn(shape) * 0.4 for name, shape in shapes.items()}
+    weights["h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()  # the causal mask that old files carry
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": L, "n_head": 3, "n_embd": C, "n_positions": 16,
+                                                    "vocab_size": vocab, "layer_norm_epsilon": 1e-5}))
+    return weights
+
+
+def test_pretrained_gpt2_computes_what_its_weights_say(tmp_path):
+    w = hugging_face_folder(tmp_path)
+    idx = torch.randint(0, 50, (2, 10))
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def conv1d(x, name):
+        return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    x = w["wte.weight"][idx] + w["wpe.weight"][:10]
+    for i in range(2):
+        heads = [t.view(2, 10, 3, 4).transpose(1, 2) for t in conv1d(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(12, -1)]
+        a = (heads[0] @ heads[1].transpose(-1, -2) / 2).masked_fill(~torch.ones(10, 10).tril().bool(), -math.inf).softmax(-1)
+        x = x + conv1d((a @ heads[2]).transpose(1, 2).reshape(2, 10, 12), f"h.{i}.attn.c_proj")
+        x = x + conv1d(F.gelu(conv1d(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"), approximate="tanh"), f"h.{i}.mlp.c_proj")
+    expected = norm(x, "ln_f") @ w["wte.weight"].T
+    torch.testing.assert_close(GPT.from_pretrained(str(tmp_path))(idx)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_added_meta_tokens_leave_the_logits_of_text_as_they_were(tmp_path):
+    hugging_face_folder(tmp_path)
+    plain, idx = GPT.from_pretrained(str(tmp_path)), torch.randint(0, 50, (2, 10))
+    model = GPT.from_pretrained(str(tmp_path), meta_id=50, meta_attention=True)
+    assert model.config.vocab_size == 64 and model.config.text_vocab_size == 50
+    assert torch.equal(model(idx)[0][..., :50], plain(idx)[0])
+    mean = plain.transformer.wte.weight.mean(0)
+    torch.testing.assert_close(model.transformer.wte.weight[50:], mean.expand(14, -1))
+    for block in model.transformer.h:
+        assert not block.meta_attn.c_proj.weight.any() and not block.meta_attn.c_proj.bias.any() and block.meta_attn.c_attn.weight.any()
+    idx[:, 4] = 50
+    model(idx[:, :-1], idx[:, 1:])[1].backward()
+    assert all(block.meta_attn.c_proj.weight.grad.any() for block in model.transformer.h)
+
+
+def test_a_folder_without_a_gpt2_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds neither"):
+        GPT.from_pretrained(str(tmp_path))
+    hugging_face_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="no GPT-2"):
+        GPT.from_pretrained(str(tmp_path))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Injection
+
+def test_every_block_has_its_meta_tokens_at_distinct_places_behind_the_first():
+    for seed in range(5):
+        for T, rate in ((8, 0.1), (10, 0.9), (256, 0.1), (1024, 0.05), (1024, 0.2)):
+            M = prepare.meta_per_block(rate, T)
+            for placement in ("random", "periodic"):
+                places = prepare.meta_places(50, T, M, np.random.default_rng(seed), placement)
+                assert places.shape == (50, T) and (places.sum(1) == M).all() and not places[:, 0].any()
+            gaps = np.diff(np.flatnonzero(places[0]))
+            assert M < 2 or gaps.max() - gaps.min() <= 1  # periodic
+
+
+def test_every_set_of_places_is_equally_likely():
+    places = prepare.meta_places(60_000, 6, 2, np.random.default_rng(0))
+    sets, counts = np.unique(places, axis=0, return_counts=True)
+    assert len(sets) == 10  # 5 choose 2
+    assert ((counts - 6000) ** 2 / 6000).sum() < 27.9  # chi-square with 9 degrees of freedom, p = 0.001
+
+
+def test_injection_keeps_the_text_and_its_order():
+    places = prepare.meta_places(7, 20, 3, np.random.default_rng(1))
+    text = np.arange(7 * 17, dtype=np.uint16)
+    tokens = prepare.inject(text, places, 999)
+    assert ((tokens == 999) == places).all() and (tokens[tokens != 999] == text).all() and tokens.dtype == np.uint16
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Preparation
+
+TEXTS = [f"Document {i}: " + " ".join(f"word{i * j % 97}" for j in range(5 + i * 7 % 60)) + "\n\n  é ✓\n" for i in range(120)]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder to work in, with the documents TEXTS in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "SHARD_TOKENS", 640)
+    os.makedirs("texts/deep")
+    for i, text in enumerate(TEXTS):
+        with open(f"texts/{'deep/' if i % 2 else ''}{i:03d}.txt", "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+    return tmp_path
+
+
+def configure(*args):
+    return settings.load(["--source=texts", "--dataset=d", "--tokenizer=bytes", "--block_size=32", "--val_fraction=0.2", "--workers=1",
+                          *args])
+
+
+def read_split(split, folder="data/d"):
+    """All tokens of a split, read without the project's code."""
+    with open(f"{folder}/manifest.json") as file:
+        manifest = json.load(file)
+    shards = [np.fromfile(path, np.uint16) for path in sorted(glob.glob(f"{folder}/{split}_*.bin"))]
+    for shard, following in zip(shards, shards[1:]):
+        assert shard[-1] == following[0]  # the copy of the next block's first
+    assert [len(s) for s in shards] == [s["tokens"] for s in manifest["splits"][split]["shards"]]
+    return np.concatenate([s[:-1] for s in shards]), int(shards[-1][-1]), manifest
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.0])
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_without_meta_tokens_the_files_are_the_documents(workplace, tokenizer, rate):
+    utf8 = SimpleNamespace(encode_ordinary=lambda text: list(text.encode()), n_vocab=257, eot_token=256)
+    encoding = gpt2_bpe() if tokenizer == "gpt2" else utf8
+    prepare.prepare(configure(f"--tokenizer={tokenizer}", f"--meta_rate={rate}"))
+    found = {}
+    for split in ("train", "val"):
+        tokens, after, manifest = read_split(split)
+        blocks = tokens.reshape(-1, 32)
+        assert ((blocks == encoding.n_vocab).sum(1) == round(32 * rate)).all()
+        found[split] = [*tokens[tokens != encoding.n_vocab].tolist(), after]
+        assert manifest["splits"][split]["text_tokens"] == len(found[split]) - 1
+        y = np.append(tokens, after)[1:].reshape(-1, 32)
+        assert ((y != encoding.n_vocab).sum(1) == 32 - round(32 * rate)).all()  # a constant number of targets
+    names = [(f"deep/{i:03d}.txt" if i % 2 else f"{i:03d}.txt", text) for i, text in enumerate(TEXTS)]
+    for split in ("train", "val"):
+        expected = []
+        for name, text in sorted(names):
+            if prepare.is_validation(name, 0.2) == (split == "val"):
+                expected += [*encoding.encode_ordinary(text), encoding.eot_token]
+        dropped = manifest["splits"][split]["dropped_text_tokens"]
+        assert found[split] == expected[:len(expected) - dropped + 1] and 0 < dropped <= 32
+    assert 0.1 < manifest["splits"]["val"]["tokens"] / manifest["splits"]["train"]["tokens"] < 0.5
+
+
+def test_preparation_does_not_depend_on_the_number_of_workers(workplace, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_CHARS", 500)
+    for workers in (1, 3):
+        prepare.prepare(configure(f"--workers={workers}", f"--dataset=w{workers}"))
+    assert folder_bytes("data/w1") == folder_bytes("data/w3")
+
+
+def folder_bytes(folder):
+    return {name: open(os.path.join(folder, name), "rb").read() for name in sorted(os.listdir(folder))}
+
+
+def test_preparation_killed_at_any_moment_ends_with_the_same_bytes(workplace):
+    program = ("import sys, time, prepare, config\n"
+               "prepare.SHARD_TOKENS, prepare.BATCH_CHARS, prepare.SAVE_SECONDS = 640, 300, 0\n"
+               "slow = float(sys.argv.pop(1))\n"
+               "add = prepare.SplitWriter.add\n"
+               "prepare.SplitWriter.add = lambda self, text: (time.sleep(slow), add(self, text))\n"
+               "prepare.prepare(config.load())\n")
+    arguments = ["--source=texts", "--tokenizer=bytes", "--block_size=32", "--val_fraction=0.2", "--workers=2"]
+
+    def run(slow, dataset):
+        return subprocess.Popen([sys.executable, "-c", program, str(slow), *arguments, f"--dataset={dataset}"],
+                                env=os.environ | {"PYTHONPATH": HERE}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    whole = run(0, "whole")
+    for pieces in (1, 30):
+        process = run(0.02, "killed")
+        while process.poll() is None:
+            try:
+                with open("data/killed/progress.json") as file:
+                    if json.load(file)["pieces"] >= pieces:
+                        break
+            except (FileNotFoundError, ValueError):
+                time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    last = run(0, "killed")
+    output, _ = last.communicate()
+    assert last.returncode == 0 and "going on behind" in output, output
+    assert whole.wait() == 0
+    assert folder_bytes("data/killed") == folder_bytes("data/whole")
+
+
+def test_all_formats_hold_the_same_documents(workplace):
+    from datasets import Dataset
+    rows = [{"body": text, "n": i} for i, text in enumerate(TEXTS)]
+    os.makedirs("jsonl")
+    with open("jsonl/a.jsonl", "w") as file, gzip.open("jsonl/b.json.gz", "wt") as zipped:
+        for row in rows[:60]:
+            file.write(json.dumps(row) + "\n")
+        for row in rows[60:]:
+            zipped.write(json.dumps(row) + "\n")
+    os.makedirs("hub")
+    Dataset.from_list(rows).to_parquet("rows.parquet")
+    Dataset.from_list(rows).to_parquet("hub/train.parquet")
+    for source in ("jsonl", "rows.parquet", "jsonl/*.jsonl,jsonl/*.gz"):
+        config = configure(f"--source={source}", "--text_field=body")
+        assert [text for _, text, _ in prepare.Source(config).pieces(0)] == TEXTS
+        assert [text for _, text, _ in prepare.Source(config).pieces(100)] == TEXTS[100:]
+    config = configure("--source=hub", "--text_field=body")  # read as a Hugging Face data set, streaming
+    assert [text for _, text, _ in prepare.hub_pieces(config, None, 0)] == TEXTS
+    assert [text for _, text, _ in prepare.hub_pieces(config, None, 110)] == TEXTS[110:]
+
+
+def test_a_long_text_is_cut_where_bpe_cuts(workplace):
+    text = "".join(TEXTS) + "\n\n\n  x\ny\n \n\nz" + "no newline " * 300
+    with open("long.md", "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+    sections = list(prepare.text_sections("long.md", 256))
+    assert "".join(t for t, _ in sections) == text and [ends for _, ends in sections] == [False] * (len(sections) - 1) + [True]
+    assert len(sections) > 20
+    encoding = gpt2_bpe()
+    assert sum((encoding.encode_ordinary(t) for t, _ in sections), []) == encoding.encode_ordinary(text)
+
+
+def test_a_lone_file_is_split_into_training_and_validation(workplace, monkeypatch):
+    monkeypatch.setattr(prepare, "SECTION_CHARS", 500)
+    with open("lone.txt", "w") as file:
+        file.write("a line of words\n" * 2000)
+    prepare.prepare(configure("--source=lone.txt"))
+    assert all(len(read_split(split)[0]) > 1000 for split in ("train", "val"))
+
+
+def test_max_tokens_stops_there(workplace, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_CHARS", 300)
+    prepare.prepare(configure("--max_tokens=4000", "--workers=2"))
+    splits = read_split("train")[2]["splits"].values()
+    assert sum(s["text_tokens"] + s["dropped_text_tokens"] for s in splits) == 4000
+
+
+def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
+    files = prepare.Source(settings.load(["--source=stdlib"])).files
+    keys = [key for key, _ in files]
+    assert "os.py" in keys and "json/decoder.py" in keys
+    assert not any(part in ("test", "tests", "site-packages") for key in keys for part in key.split("/")[:-1])
+    assert 5e6 < sum(os.path.getsize(path) for _, path in files) < 40e6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+SMALL = ["--source=texts", "--dataset=d", "--tokenizer=bytes", "--block_size=32", "--val_fraction=0.2", "--workers=1", "--n_layer=2",
+         "--n_head=2", "--n_embd=16", "--batch_size=2", "--gradient_accumulation_steps=2", "--warmup_iters=2", "--eval_iters=2",
+         "--device=cpu", "--dtype=float32", "--max_iters=12", "--eval_interval=4", "--log_interval=2", "--learning_rate=1e-2"]
+
+
+@pytest.fixture
+def prepared(workplace):
+    prepare.prepare(configure())
+    return workplace
+
+
+def script(name, *args, launcher=(), **options):
+    """Runs one of our scripts as a user does."""
+    return subprocess.run([sys.executable, *launcher, os.path.join(HERE, name), *args], capture_output=True, text=True, timeout=120,
+                          env=os.environ | options.pop("env", {}), **options)
+
+
+def test_an_epoch_visits_every_block_once():
+    for n in (1, 2, 3, 17, 64, 1000, 4097):
+        for epoch in (0, 1):
+            order = train.shuffled(np.arange(n, dtype=np.uint64), n, seed=5, epoch=epoch)
+            assert sorted(order.tolist()) == list(range(n))
+    first, second = (train.shuffled(np.arange(1000, dtype=np.uint64), 1000, 5, epoch) for epoch in (0, 1))
+    assert (first != second).mean() > 0.98 and abs(np.corrcoef(first, np.arange(1000))[0, 1]) < 0.15
+    train.shuffled(np.arange(2**40, 2**40 + 4, dtype=np.uint64), 96_000_000 * 2**20, 0, 0)  # no table of that size
+
+
+def test_batches_are_a_function_of_seed_step_and_micro_batch(prepared):
+    config = settings.load([*SMALL, "--gradient_accumulation_steps=4"])
+    blocks = train.Blocks(config, prepare.read_manifest(config), "train")
+
+    def take(rank, world, step, n):
+        batches = train.micro_batches(blocks, config, SimpleNamespace(rank=rank, world=world, type="cpu"), step)
+        return [next(batches) for _ in range(n)]
+
+    alone = take(0, 1, 0, 8)
+    pairs = [take(rank, 2, 0, 4) for rank in (0, 1)]
+    for i, (x, y) in enumerate(alone):
+        assert torch.equal(x, pairs[i % 2][i // 2][0]) and torch.equal(x[:, 1:], y[:, :-1])
+        assert (x == 257).sum() == 2 * 3 and (y != 257).sum() == 2 * 29
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(alone[4:], take(0, 1, 1, 4)))
+
+
+class Recorder:
+    """Stands for a model: notes the targets it was given, and returns as loss the mean of its inputs."""
+
+    def __init__(self):
+        self.targets = []
+
+    def train(self, mode=True):
+        pass
+
+    eval = train
+
+    def __call__(self, x, y, n_meta):
+        self.targets += y[(y >= 0) & (y != 257)].tolist()
+        return None, x[y[:, 0] >= 0].double().mean()
+
+
+def test_evaluation_is_the_mean_over_the_same_text_whatever_the_meta_rate(prepared):
+    prepare.prepare(configure("--meta_rate=0", "--dataset=plain"))
+    spans = []
+    for dataset, rate in (("d", 0.1), ("plain", 0.0)):
+        config = settings.load([*SMALL, f"--dataset={dataset}", f"--meta_rate={rate}", "--eval_iters=5"])
+        blocks, recorder = train.Blocks(config, prepare.read_manifest(config), "val"), Recorder()
+        loss = train.evaluate(recorder, blocks, config, train.Machine(config))
+        n = round(5 * 2 * 32 / blocks.text_per_block)
+        assert loss == pytest.approx(np.mean([blocks.batch([i])[0].double().mean().item() for i in range(n)]))
+        spans.append(recorder.targets)
+    shorter = min(map(len, spans))
+    assert spans[0][:shorter] == spans[1][:shorter] and abs(len(spans[0]) - len(spans[1])) < 32
+
+
+def test_a_run_writes_checkpoints_a_log_and_a_picture(prepared, capsys):
+    train.train(settings.load(SMALL))
+    assert sorted(os.listdir("out")) == ["best.pt", "ckpt.pt", "log.jsonl", "loss.png"]
+    assert open("out/loss.png", "rb").read(4) == b"\x89PNG"
+    entries = [json.loads(line) for line in open("out/log.jsonl")]
+    assert entries[-1]["step"] == 12 and entries[-1]["val_loss"] < entries[1]["val_loss"]
+    assert entries[-2]["text_tokens"] == 12 * 2 * 2 * (32 - 3)
+    printed = capsys.readouterr().out
+    assert "ETA" in printed and "tokens/s" in printed and "A sample:" in printed
+    checkpoint = load_checkpoint("out")
+    assert checkpoint["step"] == 12 and checkpoint["settings"]["dataset"] == "d"
+    model = GPT.from_checkpoint(checkpoint)
+    assert model.config.vocab_size == pad_vocab(258) and model.config.text_vocab_size == 257
+
+
+def weights_of(folder):
+    return load_checkpoint(folder)["model"]
+
+
+def test_a_run_killed_and_resumed_ends_with_the_same_bits(prepared):
+    arguments = [*SMALL, "--dropout=0.1", "--max_iters=40", "--eval_interval=5", "--eval_iters=1"]
+    whole = script("train.py", *arguments, "--out_dir=whole")
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *arguments, "--out_dir=killed"], stdout=subprocess.PIPE,
+                               text=True)
+    at = 2 * np.random.default_rng().integers(3, 15)
+    for line in process.stdout:
+        if f"{at}/40" in line:
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    assert load_checkpoint("killed")["step"] < 40
+    resumed = script("train.py", "--init_from=resume", "--out_dir=killed", "--device=cpu", "--dtype=float32")  # the rest it remembers
+    assert resumed.returncode == 0, resumed.stderr
+    a, b = weights_of("whole"), weights_of("killed")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    logs = [[{k: v for k, v in json.loads(line).items() if k in ("step", "loss", "val_loss")} for line in open(f"{d}/log.jsonl")]
+            for d in ("whole", "killed")]
+    assert [e for e in logs[1] if len(e) > 1] == [e for e in logs[0] if len(e) > 1]
+
+
+def test_two_processes_take_the_steps_of_one(prepared):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611"]
+    two = script("train.py", *SMALL, "--out_dir=two", launcher=launcher)
+    assert two.returncode == 0, two.stderr
+    train.train(settings.load([*SMALL, "--out_dir=one"]))
+    for a, b in zip(weights_of("one").values(), weights_of("two").values()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    losses = [[json.loads(line).get("val_loss") for line in open(f"{d}/log.jsonl")] for d in ("one", "two")]
+    assert [x for x in losses[0] if x] == pytest.approx([x for x in losses[1] if x], rel=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(prepared, number):
+    process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *SMALL, "--max_iters=100000", "--eval_interval=100000"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "tokens/s" in line:
+            process.send_signal(number)
+            break
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--init_from=resume" in output and "Traceback" not in errors
+    assert f"saved at step {load_checkpoint('out')['step']}" in output
+
+
+def test_the_clock_ends_a_run_with_the_learning_rate_at_its_end():
+    config = settings.load(["--max_iters=1000", "--warmup_iters=10", "--max_minutes=5", "--learning_rate=1", "--min_lr=0.1"])
+    assert train.learning_rate(config, 9, 0) == pytest.approx(10 / 11)
+    assert train.learning_rate(config, 1000, 0) == pytest.approx(0.1)
+    assert train.learning_rate(config, 505, 0) == pytest.approx(0.55)
+    assert train.learning_rate(config, 20, 5) == pytest.approx(0.1)
+    assert train.learning_rate(config, 20, 2.5) == pytest.approx(0.55)
+
+
+def test_the_clock_stops_a_run(prepared):
+    started = time.monotonic()
+    train.train(settings.load([*SMALL, "--max_iters=1000000", "--max_minutes=0.02", "--eval_interval=1000000"]))
+    assert time.monotonic() - started < 30 and 0 < load_checkpoint("out")["step"] < 1000000
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_checkpoint_is_overwritten(prepared):
+    config = settings.load([*SMALL, "--learning_rate=1e30", "--grad_clip=0", "--eval_interval=5", "--log_interval=100"])
+    with pytest.raises(SystemExit, match=r"the loss is (nan|inf) at step 5, learning rate .*: the last good checkpoint is out/ckpt.pt"):
+        train.train(config)
+    assert load_checkpoint("out")["step"] == 0
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(prepared):
+    train.train(settings.load([*SMALL, "--max_iters=2"]))
+    before = open("out/ckpt.pt", "rb").read()
+    program = ("import resource, signal, sys\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\nimport train\ntrain.main()")
+    result = subprocess.run([sys.executable, "-c", program, "--init_from=resume", "--max_iters=4", "--device=cpu"], capture_output=True,
+                            text=True, env=os.environ | {"PYTHONPATH": HERE})
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "cannot save out/ckpt.pt" in result.stderr and "still the one before" in result.stderr
+    assert open("out/ckpt.pt", "rb").read() == before and not os.path.exists("out/ckpt.pt.tmp")
+
+
+def test_a_checkpoint_is_extended_by_yarn_and_given_meta_tokens(prepared):
+    train.train(settings.load([*SMALL, "--max_iters=2", "--out_dir=meta"]))
+    prepare.prepare(configure("--block_size=64", "--dataset=long"))
+    train.train(settings.load([*SMALL, "--n_layer=2", "--init_from=meta", "--out_dir=yarn", "--dataset=long", "--block_size=64",
+                               "--yarn_scale=2", "--max_iters=2"]))
+    config = load_checkpoint("yarn")["model_config"]
+    assert (config["block_size"], config["original_block_size"], config["yarn_scale"]) == (64, 32, 2.0)
+
+    prepare.prepare(configure("--meta_rate=0", "--dataset=plain"))
+    train.train(settings.load([*SMALL, "--max_iters=2", "--out_dir=plain", "--dataset=plain", "--meta_rate=0", "--meta_attention=False"]))
+    assert load_checkpoint("plain")["model_config"]["meta_id"] is None
+    train.train(settings.load([*SMALL, "--init_from=plain", "--out_dir=added", "--max_iters=2"]))
+    assert load_checkpoint("added")["model_config"]["meta_attention"]
+    assert set(weights_of("added")) - set(weights_of("plain")) == {
+        f"transformer.h.{i}.{name}.weight" for i in (0, 1) for name in ("ln_meta", "meta_attn.c_attn", "meta_attn.c_proj")}
+
+
+def test_best_is_kept_when_the_last_is_worse(tmp_path):
+    train.save(str(tmp_path / "ckpt.pt"), {"step": 1})
+    train.keep_best(str(tmp_path))
+    train.save(str(tmp_path / "ckpt.pt"), {"step": 2})
+    assert [torch.load(tmp_path / name)["step"] for name in ("best.pt", "ckpt.pt")] == [1, 2]
+
+
+def test_gradient_accumulation_is_shared_by_the_processes(prepared):
+    machine = SimpleNamespace(world=3, rank=0)
+    with pytest.raises(SystemExit, match="gradient_accumulation_steps=40 is not divisible by the 3 processes"):
+        train.check_start(settings.load([]), machine)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scripts as a user types them
+
+def test_quickstart_prepares_trains_samples(tmp_path):
+    result = script("train.py", f"{HERE}/config/quickstart.py", "--max_iters=3", "--eval_iters=1", "--batch_size=2", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "A sample:" in result.stdout and (tmp_path / "out/loss.png").exists()
+    (tmp_path / "prompt.txt").write_text("def main(")
+    for args, stdin in ((["--start=FILE:prompt.txt", "--show_meta", "--stream"], None), (["--start=-", "--temperature=0"], "def main(")):
+        result = script("sample.py", "--max_new_tokens=30", *args, cwd=tmp_path, input=stdin)
+        assert result.returncode == 0 and result.stdout.replace("<|meta|>", "").startswith("def main("), result.stderr
+        assert ("<|meta|>" in result.stdout) == ("--show_meta" in args)
+    again = script("train.py", f"{HERE}/config/quickstart.py", cwd=tmp_path)
+    assert again.returncode == 1 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
+
+
+def test_a_prompt_gets_its_meta_tokens():
+    config = settings.load(["--meta_rate=0.25", "--block_size=16"])
+    tokens = sample.inject_prompt(list(range(1, 31)), config, 99)
+    assert tokens[tokens != 99].tolist() == list(range(1, 31)) and tokens[-1] != 99
+    assert (tokens.reshape(-1)[:32].reshape(2, 16) == 99).sum(1).tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("path", sorted(glob.glob(f"{HERE}/config/*.py")))
+def test_every_config_describes_a_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if path.endswith("__init__.py"):
+        pytest.skip("not a config")
+    config = settings.load([path])
+    for world in (1, 8) if "quickstart" not in path and "h100" not in path else (1,):
+        if config.init_from == "scratch":
+            train.check_start(config, SimpleNamespace(world=world))
+            with torch.device("meta"):
+                n = GPT(train.new_model_config(config, 50257)).num_params() / 1e6
+            assert "quickstart" in path or n == pytest.approx(152 if config.meta_attention or config.n_layer == 16 else 124, abs=0.5)
+        assert config.gradient_accumulation_steps % world == 0
+
+
+def test_the_defaults_are_the_papers_run():
+    defaults, paper = settings.load([]), settings.load([f"{HERE}/config/meta_gpt2.py"])
+    differing = {name for name in settings.SETTINGS if getattr(defaults, name) != getattr(paper, name)}
+    assert differing == {"out_dir", "max_tokens"}
+    assert train.new_model_config(defaults, 50257) == GPTConfig()
+
+
+def test_help_lists_every_setting_with_its_meaning(capsys):
+    with pytest.raises(SystemExit):
+        settings.load(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for name in settings.SETTINGS:
+        [line] = [line for line in lines if line.startswith(f"  --{name}=")]
+        assert len(line.split("  ")[-1]) > 5
+
+
+def test_values_are_read_as_their_settings_want_them(tmp_path):
+    (tmp_path / "c.py").write_text('"""A config."""\nn_layer = 3 * 2\nlearning_rate = 1  # an int\nmax_tokens = 1e9\nn_head = 2\n')
+    config = settings.load([str(tmp_path / "c.py"), "--n_head=4", "--overwrite", "--bias=true", "--max_iters=1e3", "--start=a=b"])
+    assert (config.n_layer, config.learning_rate, config.max_tokens, config.n_head) == (6, 1.0, 1_000_000_000, 4)
+    assert (config.overwrite, config.bias, config.max_iters, config.start) == (True, True, 1000, "a=b")
+    assert config.origin["n_layer"].endswith("c.py:2") and config.origin["n_head"] == "command line"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input: one line that says what and where, and no traceback
+
+def refusal(run, *args):
+    """The one line with which run(*args) refuses."""
+    with pytest.raises(SystemExit) as refused:
+        run(*args)
+    message = str(refused.value)
+    assert "\n" not in message.strip() and message.startswith("error: ")
+    return message
+
+
+@pytest.mark.parametrize("args, expected", [
+    (["--blok_size=3"], "command line: unknown setting 'blok_size' (did you mean block_size?)"),
+    (["--n_layer=many"], "command line: n_layer=many: expected a whole number"),
+    (["--n_layer=2.5"], "expected a whole number"),
+    (["--bias=7"], "expected True or False"),
+    (["--learning_rate"], "expected a number"),
+    (["--pos=sinus"], "pos=sinus: expected one of rope, absolute, none"),
+    (["--batch_size=0"], "batch_size=0 must be positive"),
+    (["--meta_rate=1.5"], "meta_rate=1.5 must be"),
+    (["--meta_rate=0.001", "--block_size=64"], "meta_rate=0.001 puts no meta-token"),
+    (["missing.py"], "no config file 'missing.py'"),
+    (["bad_syntax.py"], "bad_syntax.py:2: "),
+    (["bad_line.py"], "bad_line.py:1: a config file holds assignments only"),
+    (["bad_call.py"], "bad_call.py:1: "),
+    (["bad_key.py"], "bad_key.py:2: unknown setting 'n_layers' (did you mean n_layer?)"),
+    (["bad_type.py"], "bad_type.py:1: n_head=a dozen: expected a whole number"),
+])
+def test_bad_settings_are_refused_in_one_line(tmp_path, monkeypatch, args, expected):
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"bad_syntax": "n_layer = 1\nn_head = (", "bad_line": "import os", "bad_call": "n_layer = open('x')",
+                       "bad_key": "n_head = 2\nn_layers = 3", "bad_type": "n_head = 'a dozen'"}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    assert expected in refusal(settings.load, args)
+
+
+@pytest.mark.parametrize("args, expected", [
+    (["--n_embd=15"], "n_embd=15 is not divisible by n_head=2 (n_embd: command line, n_head: command line)"),
+    (["--n_embd=6"], "needs an even head size"),
+    (["--pos=absolute", "--yarn_scale=2"], "yarn_scale=2.0 extends a trained model"),
+    (["--meta_rate=0"], "meta_attention=True needs meta-tokens, but meta_rate=0.0"),
+    (["--dataset=nothing"], "no data in data/nothing: run python prepare.py"),
+    (["--block_size=64"], "was prepared with block_size 32, but block_size=64"),
+    (["--meta_rate=0.2"], "was prepared with meta_rate 0.1, but meta_rate=0.2"),
+    (["--tokenizer=gpt2"], "was prepared with tokenizer bytes, but tokenizer=gpt2"),
+    (["--init_from=nowhere"], "no checkpoint nowhere"),
+    (["--init_from=resume"], "no checkpoint out/ckpt.pt"),
+    (["--device=quantum"], "device=quantum: expected cpu, cuda, cuda:N or mps"),
+    (["--device=cuda:99"], "device=cuda:99, but this machine has"),
+])
+def test_impossible_runs_are_refused_in_one_line(prepared, args, expected):
+    assert expected in refusal(train.main, [*SMALL, *args])
+    assert not os.path.exists("out")
+
+
+def test_damaged_data_are_refused_in_one_line(prepared):
+    def refused():
+        return refusal(train.main, SMALL)
+
+    shard, manifest = "data/d/train_00000.bin", open("data/d/manifest.json").read()
+    content = open(shard, "rb").read()
+    open(shard, "wb").write(content[:-2])
+    assert f"{shard} has {len(content) - 2} bytes, not {len(content)}" in refused()
+    open(shard, "wb").write(b"\xff\xff" + content[2:])
+    assert f"{shard} was altered" in refused()
+    config = settings.load(SMALL)
+    blocks = train.Blocks(config, prepare.read_manifest(config), "train")
+    assert "token id 65535 is beyond the vocabulary" in refusal(blocks.batch, [0])
+    os.remove(shard)
+    assert f"{shard} is missing" in refused()
+    open("data/d/manifest.json", "w").write(manifest[:100])
+    assert "manifest.json is damaged" in refused()
+    os.remove("data/d/manifest.json")
+    assert "no data in data/d" in refused()
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch was_run",)
+
+
+def test_bad_checkpoints_are_refused_in_one_line(prepared):
+    train.train(settings.load([*SMALL, "--max_iters=1"]))
+    content, checkpoint = open("out/ckpt.pt", "rb").read(), torch.load("out/ckpt.pt")
+
+    def refused(*args):
+        return refusal(sample.main, ["--device=cpu", *args])
+
+    assert "n_layer=5, but the checkpoint has 2" in refused("--n_layer=5")
+    assert "n_layer=5, but the checkpoint has 2" in refusal(train.main, [*SMALL, "--n_layer=5", "--init_from=resume"])
+    assert "tokenizer=gpt2, but the checkpoint reads bytes" in refused("--tokenizer=gpt2")
+    for name, data in {"truncated": content[:len(content) // 2], "text": b"hello", "malicious": pickle.dumps(Malicious())}.items():
+        open(f"{name}.pt", "wb").write(data)
+        assert f"{name}.pt is" in refused(f"--init_from={name}.pt")
+    assert not os.path.exists("was_run")
+    torch.save({"weights": torch.zeros(1)}, "other.pt")
+    assert "other.pt is not a checkpoint of train.py" in refused("--init_from=other.pt")
+    checkpoint["model_config"]["n_embd"] = 32
+    torch.save(checkpoint, "changed.pt")
+    assert "of another architecture" in refused("--init_from=changed.pt")
+    assert "start=: an empty prompt" in refused("--start=")
+    assert "start=FILE:nowhere.txt: No such file" in refused("--start=FILE:nowhere.txt")
+    checkpoint = torch.load("out/ckpt.pt")
+    checkpoint["model_config"] |= {"meta_id": None, "meta_attention": False}
+    checkpoint["model"] = {name: p for name, p in checkpoint["model"].items() if "meta" not in name}
+    torch.save(checkpoint, "plain.pt")
+    assert "meta_rate=0.1, but the model has no meta-tokens" in refused("--init_from=plain.pt", "--meta_rate=0.1")
+
+
+def test_a_prompt_beyond_learned_positions_is_refused(prepared):
+    train.train(settings.load([*SMALL, "--max_iters=1", "--pos=absolute"]))
+    assert "the prompt has" in refusal(sample.main, [f"--start={'x' * 40}", "--device=cpu"])
+    with pytest.raises(ValueError, match="learned positions for block_size=64"):
+        build(pos="absolute")(torch.zeros(1, 65, dtype=torch.long))
+    assert "block_size=64, but the checkpoint has learned positions for 32" in refusal(
+        train.main, [*SMALL, "--init_from=out", "--out_dir=longer", "--block_size=64"])
+
+
+def test_bad_sources_are_refused_in_one_line(workplace, monkeypatch):
+    os.makedirs("bad")
+    with open("bad/a.jsonl", "w") as file:
+        file.write('{"text": "fine"}\n{"text": 3}\n')
+    with open("bad/b.jsonl", "w") as file:
+        file.write("no json\n")
+    with open("bad/c.parquet", "w") as file:
+        file.write("no parquet")
+    for source, expected in {"nowhere/*.txt": "source=nowhere/*.txt: no such file", "bad/b.jsonl": "bad/b.jsonl:1: not JSON",
+                             "bad/a.jsonl": "bad/a.jsonl: row 2 has no text in 'text'", "bad/c.parquet": "bad/c.parquet: "}.items():
+        assert expected in refusal(prepare.prepare, configure(f"--source={source}"))
+    assert "val_fraction=0.0 left the val split 0 text tokens" in refusal(prepare.prepare, configure("--val_fraction=0"))
+    assert not os.path.exists("data/d/manifest.json")
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_: (_ for _ in ()).throw(ConnectionError("offline")))
+    assert "cannot be read from the Hugging Face hub (ConnectionError: offline): go online" in refusal(
+        prepare.prepare, configure("--source=allenai/c4:en"))
+
+
+def test_without_the_network_gpt2s_bpe_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("offline")))
+    assert "set TIKTOKEN_CACHE_DIR" in refusal(prepare.get_tokenizer, "gpt2")
+
+
+def test_a_refusal_is_one_line_and_a_non_zero_exit(tmp_path):
+    for name in ("prepare.py", "train.py", "sample.py"):
+        result = script(name, "--blok_size=3", cwd=tmp_path)
+        assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1
+        assert result.stderr.startswith("error: ") and not os.listdir(tmp_path)
