@@ -1,0 +1,248 @@
+"""Speed and memory, as ratios measured in one run on one machine.
+
+    python bench.py                                       # everything that this machine can
+    python bench.py --what=meta,generation
+    python bench.py --n_layer=12 --n_embd=768 --n_head=12 --batch_size=12
+
+Prints a table and writes results/bench_<device>.json. Each row is the median of several rounds; rows of a group take
+turns, so that a machine that slows down slows them all.
+"""
+import contextlib
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sysconfig
+import tempfile
+import time
+from dataclasses import asdict, replace
+
+import torch
+from torch.nn import functional as F
+
+import config as settings
+import prepare
+from model import GPT, GPTConfig, MetaAttention, rotate
+from train import Machine
+
+ROUNDS = 5
+PARTS = ("training", "meta", "generation", "preparation")
+
+
+class DenseMetaAttention(MetaAttention):
+    """Meta-attention as the formula is written: all rows, and a T x T mask. What the compact form is measured against."""
+
+    def forward(self, x, norm, meta, cache=None):
+        B, T, C = x.shape
+        if not hasattr(meta, "mask"):  # once a forward pass, for all layers
+            meta.is_meta = torch.zeros(B, T, dtype=torch.bool, device=x.device).scatter_(1, meta.index[..., 0], ~meta.padding[..., 0])
+            among = meta.is_meta[:, :, None] & meta.is_meta[:, None, :] & torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+            meta.mask = (among | torch.eye(T, dtype=torch.bool, device=x.device))[:, None]  # no row may be empty
+        q, k, v = self.c_attn(norm(x)).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k = rotate(q, self.rope), rotate(k, self.rope)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=meta.mask).transpose(1, 2).reshape(B, T, C)
+        return x + self.c_proj(y) * meta.is_meta.unsqueeze(-1)
+
+
+def dense(model):
+    """The same model with dense masks in place of the compact form."""
+    rope = model._rope_tables(torch.arange(model.config.block_size, device=model.inv_freq.device), None)
+    for block in model.transformer.h:
+        block.meta_attn.__class__, block.meta_attn.rope = DenseMetaAttention, rope
+    return model
+
+
+class Memory:
+    """Peak memory since the last reset, in bytes: the device's on CUDA, the process's resident set on Linux, else None."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+
+    def reset(self):
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        elif os.path.exists("/proc/self/clear_refs"):
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+
+    def peak(self):
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        if not os.path.exists("/proc/self/status"):
+            return None
+        with open("/proc/self/status") as file:
+            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
+
+def compare(group, variants, machine, rounds=ROUNDS):
+    """Times variants, {name: function that does the work once and returns (tokens, flops or None)}, in turns. The first
+    is what the others are a ratio of. Returns rows."""
+    memory, seconds, peaks, tokens, flops = Memory(machine.device), {}, {}, {}, {}
+    for turn in range(rounds + 1):
+        for name, work in variants.items():
+            memory.reset()
+            synchronize(machine)
+            before = time.perf_counter()
+            tokens[name], flops[name] = work()
+            synchronize(machine)
+            if turn > 0:  # the first turn compiles and warms up
+                seconds.setdefault(name, []).append(time.perf_counter() - before)
+                peaks[name] = max(peaks.get(name, 0), memory.peak() or 0) or None
+    base, rows = None, []
+    for name in variants:
+        per_token = statistics.median(seconds[name]) / tokens[name]
+        base = base or per_token
+        peak = machine.peak_flops()
+        rows.append({"group": group, "variant": name, "tokens_per_s": 1 / per_token, "speedup": base / per_token,
+                     "time_ratio": per_token / base, "spread": (max(seconds[name]) - min(seconds[name])) / statistics.median(seconds[name]),
+                     "peak_bytes": peaks[name], "mfu": flops[name] / per_token / tokens[name] / peak if peak and flops[name] else None})
+        print_row(rows[-1])
+    return rows
+
+
+def synchronize(machine):
+    if machine.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def print_row(row):
+    memory = f"{row['peak_bytes'] / 2**20:,.0f} MB" if row["peak_bytes"] else ""
+    mfu = f"{100 * row['mfu']:.1f}%" if row["mfu"] else ""
+    print(f"{row['group']:<12} {row['variant']:<44} {row['tokens_per_s']:>12,.0f} {row['speedup']:>7.2f}x {row['time_ratio']:>7.3f}x "
+          f"{100 * row['spread']:>5.0f}% {memory:>10} {mfu:>6}", flush=True)
+
+
+def training_step(config, machine, batch_size, compiled, precise=False, make_dense=False):
+    """A function that takes one optimiser step of a model on random tokens with meta-tokens among them."""
+    torch.manual_seed(0)
+    model = GPT(config).to(machine.device)
+    model = dense(model) if make_dense else model
+    optimizer = model.configure_optimizer(1e-4)
+    run = torch.compile(model) if compiled else model
+    T, n_meta = config.block_size, prepare.meta_per_block(0.1, config.block_size)
+    tokens = torch.randint(0, config.text_vocab_size, (batch_size, T + 1))
+    for row in tokens:
+        row[1 + torch.randperm(T - 1)[:n_meta]] = config.meta_id
+    x, y = tokens[:, :-1].to(machine.device), tokens[:, 1:].to(machine.device)
+    flops = model.flops_per_token(T, n_meta) * x.numel()
+
+    def step():
+        with torch.autocast(machine.type, machine.dtype, enabled=not precise and machine.dtype != torch.float32):
+            loss = run(x, y, n_meta=n_meta)[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return x.numel(), flops
+
+    return step
+
+
+def training(config, shape, machine):
+    """Optimiser steps of the shape at block 256, against float32 eager."""
+    shape, dtype = replace(shape, block_size=256), str(machine.dtype).removeprefix("torch.")
+    variants = {"float32, eager": training_step(shape, machine, config.batch_size, compiled=False, precise=True)}
+    if machine.dtype != torch.float32:
+        variants[f"{dtype}, eager"] = training_step(shape, machine, config.batch_size, compiled=False)
+    variants[f"{dtype}, compiled"] = training_step(shape, machine, config.batch_size, compiled=True)
+    return compare("training", variants, machine)
+
+
+def meta(config, shape, machine):
+    """What meta-attention costs at block 1024, k = 0.1: the compact form and the dense mask, against none."""
+    shape, rows, batch = replace(shape, block_size=1024), [], max(config.batch_size // 4, 1)
+    without = replace(shape, meta_attention=False)
+    for compiled in (False, True):
+        how = "compiled" if compiled else "eager"
+        rows += compare("meta", {
+            f"no meta-attention, {how}": training_step(without, machine, batch, compiled),
+            f"meta-attention, {how}": training_step(shape, machine, batch, compiled),
+            f"meta-attention by dense mask, {how}": training_step(shape, machine, batch, compiled, make_dense=True),
+        }, machine)
+    return rows
+
+
+def generation(config, shape, machine):
+    """500 text tokens from a prompt of one, batch 1; per text token, and per position fed."""
+    torch.manual_seed(0)
+    model = GPT(replace(shape, block_size=1024)).to(machine.device, machine.dtype).eval()
+    prompt = torch.zeros(1, 1, dtype=torch.long, device=machine.device)
+
+    def draw(per_position=False, **options):
+        def work():
+            tokens = model.generate(prompt, 500, seed=0, **options)
+            return tokens.size(1) - 1 if per_position else 500, None
+        return work
+
+    rows = compare("generation", {"no cache": draw(use_cache=False), "KV cache": draw()}, machine, rounds=1)
+    return rows + compare("generation", {"KV cache, text only": draw(), "with meta-tokens, per text token": draw(meta_rate=0.1),
+                                         "with meta-tokens, per position fed": draw(per_position=True, meta_rate=0.1)}, machine)
+
+
+def count_tokens(text):
+    return len(prepare.get_tokenizer("gpt2").encode_ordinary(text))
+
+
+def preparation(config, shape, machine):
+    """GPT-2's BPE over 8 copies of the standard library on all cores, against a bare pool that keeps nothing."""
+    texts = []
+    for _, path in prepare.files_below(sysconfig.get_paths()["stdlib"], (".py",)):
+        if "site-packages" not in path:
+            with open(path, encoding="utf-8", errors="replace", newline="") as file:
+                texts.append(file.read())
+    folder = os.getcwd()
+    with tempfile.TemporaryDirectory() as place:
+        os.chdir(place)  # where data/ will lie
+        os.makedirs("texts")
+        chunks = []
+        for i in range(8):
+            for j in range(0, len(texts), 100):
+                chunks.append("".join(texts[j:j + 100]))
+                with open(f"texts/{i}_{j}.txt", "w", encoding="utf-8", errors="replace", newline="") as file:
+                    file.write(chunks[-1])
+
+        def bare():
+            with multiprocessing.Pool(os.cpu_count()) as pool:
+                return sum(pool.imap(count_tokens, chunks)), None
+
+        def ours():
+            with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+                prepare.prepare(settings.load(["--source=texts", "--dataset=d", "--overwrite", "--val_fraction=0.05"]))
+            with open("data/d/manifest.json") as file:
+                splits = json.load(file)["splits"].values()
+            return sum(s["text_tokens"] + s["dropped_text_tokens"] for s in splits), None
+
+        rows = compare("preparation", {"bare pool around encode_ordinary": bare, "prepare.py": ours}, machine, rounds=3)
+        os.chdir(folder)
+    return rows
+
+
+def main(argv=None):
+    config = settings.load(argv)
+    parts = PARTS if config.what == "all" else config.what.split(",")
+    if unknown := set(parts) - set(PARTS):
+        raise config.error(f"what={config.what}: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    for name, value in {"n_layer": 6, "n_head": 6, "n_embd": 384, "batch_size": 8}.items():
+        if not config.given(name):
+            setattr(config, name, value)
+    machine = Machine(config)
+    try:
+        shape = GPTConfig(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, vocab_size=512, meta_id=500)
+    except ValueError as e:
+        raise config.error(e) from None
+    print(f"{machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {asdict(shape)['n_layer']} layers, width "
+          f"{shape.n_embd}, batch {config.batch_size}")
+    print(f"{'':<12} {'':<44} {'tokens/s':>12} {'speed':>8} {'time':>8} {'spread':>6} {'memory':>10} {'MFU':>6}")
+    rows = []
+    for part in parts:
+        rows += globals()[part](config, shape, machine)
+    os.makedirs("results", exist_ok=True)
+    path = f"results/bench_{machine.name().replace(' ', '_')}.json"
+    prepare.write_json(path, {"device": machine.name(), "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+                              "torch": torch.__version__, "dtype": str(machine.dtype), "batch_size": config.batch_size,
+                              "model": asdict(shape), "rows": rows})
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
