@@ -4,8 +4,8 @@
     python bench.py --what=meta,generation
     python bench.py --n_layer=12 --n_embd=768 --n_head=12 --batch_size=12
 
-Prints a table and writes results/bench_<device>.json. Each row is the median of several rounds; rows of a group take
-turns, so that a machine that slows down slows them all.
+Prints a table and writes results/bench_<device>.json. Rows of a group take turns, so that a machine that slows down
+slows them all, and each reports the best of its rounds: what disturbs a measurement only ever adds to it.
 """
 import contextlib
 import json
@@ -26,8 +26,7 @@ import prepare
 from model import GPT, GPTConfig, MetaAttention, rotate
 from train import Machine
 
-ROUNDS = 5
-PARTS = ("training", "meta", "generation", "preparation")
+ROUNDS = 7
 
 
 class DenseMetaAttention(MetaAttention):
@@ -77,7 +76,7 @@ class Memory:
 
 def compare(group, variants, machine, rounds=ROUNDS):
     """Times variants, {name: function that does the work once and returns (tokens, flops or None)}, in turns. The first
-    is what the others are a ratio of. Returns rows."""
+    is what the others are a ratio of; spread is how far the median lies above the best. Returns rows."""
     memory, seconds, peaks, tokens, flops = Memory(machine.device), {}, {}, {}, {}
     for turn in range(rounds + 1):
         for name, work in variants.items():
@@ -88,22 +87,22 @@ def compare(group, variants, machine, rounds=ROUNDS):
             synchronize(machine)
             if turn > 0:  # the first turn compiles and warms up
                 seconds.setdefault(name, []).append(time.perf_counter() - before)
-                peaks[name] = max(peaks.get(name, 0), memory.peak() or 0) or None
+                peaks[name] = max(peaks.get(name) or 0, memory.peak() or 0) or None
     base, rows = None, []
     for name in variants:
-        per_token = statistics.median(seconds[name]) / tokens[name]
+        per_token = min(seconds[name]) / tokens[name]
         base = base or per_token
         peak = machine.peak_flops()
         rows.append({"group": group, "variant": name, "tokens_per_s": 1 / per_token, "speedup": base / per_token,
-                     "time_ratio": per_token / base, "spread": (max(seconds[name]) - min(seconds[name])) / statistics.median(seconds[name]),
+                     "time_ratio": per_token / base, "spread": statistics.median(seconds[name]) / min(seconds[name]) - 1,
                      "peak_bytes": peaks[name], "mfu": flops[name] / per_token / tokens[name] / peak if peak and flops[name] else None})
         print_row(rows[-1])
     return rows
 
 
 def synchronize(machine):
-    if machine.type == "cuda":
-        torch.cuda.synchronize()
+    if machine.type != "cpu":
+        getattr(torch, machine.type).synchronize()
 
 
 def print_row(row):
@@ -133,7 +132,7 @@ def training_step(config, machine, batch_size, compiled, precise=False, make_den
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return x.numel(), flops
+        return x.numel(), None if precise else flops
 
     return step
 
@@ -174,7 +173,7 @@ def generation(config, shape, machine):
             return tokens.size(1) - 1 if per_position else 500, None
         return work
 
-    rows = compare("generation", {"no cache": draw(use_cache=False), "KV cache": draw()}, machine, rounds=1)
+    rows = compare("generation", {"no cache": draw(use_cache=False), "KV cache": draw()}, machine, rounds=2)
     return rows + compare("generation", {"KV cache, text only": draw(), "with meta-tokens, per text token": draw(meta_rate=0.1),
                                          "with meta-tokens, per position fed": draw(per_position=True, meta_rate=0.1)}, machine)
 
@@ -190,9 +189,7 @@ def preparation(config, shape, machine):
         if "site-packages" not in path:
             with open(path, encoding="utf-8", errors="replace", newline="") as file:
                 texts.append(file.read())
-    folder = os.getcwd()
-    with tempfile.TemporaryDirectory() as place:
-        os.chdir(place)  # where data/ will lie
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):  # where data/ will lie
         os.makedirs("texts")
         chunks = []
         for i in range(8):
@@ -202,7 +199,7 @@ def preparation(config, shape, machine):
                     file.write(chunks[-1])
 
         def bare():
-            with multiprocessing.Pool(os.cpu_count()) as pool:
+            with multiprocessing.Pool(prepare.cores()) as pool:
                 return sum(pool.imap(count_tokens, chunks)), None
 
         def ours():
@@ -212,16 +209,15 @@ def preparation(config, shape, machine):
                 splits = json.load(file)["splits"].values()
             return sum(s["text_tokens"] + s["dropped_text_tokens"] for s in splits), None
 
-        rows = compare("preparation", {"bare pool around encode_ordinary": bare, "prepare.py": ours}, machine, rounds=3)
-        os.chdir(folder)
-    return rows
+        return compare("preparation", {"bare pool around encode_ordinary": bare, "prepare.py": ours}, machine, rounds=3)
 
 
 def main(argv=None):
     config = settings.load(argv)
-    parts = PARTS if config.what == "all" else config.what.split(",")
-    if unknown := set(parts) - set(PARTS):
-        raise config.error(f"what={config.what}: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    every = {part.__name__: part for part in (training, meta, generation, preparation)}
+    names = every if config.what == "all" else config.what.split(",")
+    if unknown := set(names) - every.keys():
+        raise config.error(f"what={config.what}: no part {', '.join(sorted(unknown))}; there are {', '.join(every)}")
     for name, value in {"n_layer": 6, "n_head": 6, "n_embd": 384, "batch_size": 8}.items():
         if not config.given(name):
             setattr(config, name, value)
@@ -234,8 +230,8 @@ def main(argv=None):
           f"{shape.n_embd}, batch {config.batch_size}")
     print(f"{'':<12} {'':<44} {'tokens/s':>12} {'speed':>8} {'time':>8} {'spread':>6} {'memory':>10} {'MFU':>6}")
     rows = []
-    for part in parts:
-        rows += globals()[part](config, shape, machine)
+    for name in names:
+        rows += every[name](config, shape, machine)
     os.makedirs("results", exist_ok=True)
     path = f"results/bench_{machine.name().replace(' ', '_')}.json"
     prepare.write_json(path, {"device": machine.name(), "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),

@@ -254,10 +254,9 @@ class GPT(nn.Module):
             self.inv_freq = rope_frequencies(self.config)[0].to(self.inv_freq.device)
         return self
 
-    def num_params(self, non_embedding=True):
-        """Parameters, by default without the position table, as GPT-2's are counted (124M)."""
-        n = sum(p.numel() for p in self.parameters())
-        return n - self.transformer.wpe.weight.numel() if non_embedding and self.config.pos == "absolute" else n
+    def num_params(self):
+        """Parameters without the table of learned positions, as GPT-2's are counted (124M)."""
+        return sum(p.numel() for name, p in self.named_parameters() if "wpe" not in name)
 
     def flops_per_token(self, T, n_meta=0):
         """Floating-point operations of forward and backward for one of T positions, n_meta of them meta-tokens:
@@ -343,23 +342,26 @@ class GPT(nn.Module):
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
                   {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=parameters[0].device.type in ("cuda", "cpu"))
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=parameters[0].device.type in ("cuda", "cpu", "mps"))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Trained models
 
     @classmethod
-    def from_checkpoint(cls, checkpoint, **overrides):
-        """The model of a checkpoint of train.py (see load_checkpoint). overrides: fields of GPTConfig that do not
-        change the parameters (block_size, yarn_scale, dropout, zero_meta_pos, zero_meta_embd).
-
-        Raises ValueError if the weights do not fit the architecture.
-        """
-        model = cls(replace(GPTConfig(**checkpoint["model_config"]), **overrides))
+    def from_checkpoint(cls, checkpoint):
+        """The model of a checkpoint of train.py (see load_checkpoint). Raises ValueError if its weights do not fit it."""
+        model = cls(GPTConfig(**checkpoint["model_config"]))
         try:
             model.load_state_dict(checkpoint["model"])
         except RuntimeError as e:
             raise ValueError(f"the checkpoint is of another architecture: {' '.join(str(e).split())[:200]}") from None
+        return model
+
+    def reconfigured(self, **changes):
+        """This model with other settings that leave the parameters as they are: block_size (but for learned positions),
+        yarn_scale, dropout, zero_meta_pos, zero_meta_embd. Raises ValueError where they do not fit together."""
+        model = GPT(replace(self.config, **changes))
+        model.load_state_dict(self.state_dict())
         return model
 
     @classmethod
@@ -404,8 +406,9 @@ class GPT(nn.Module):
         for key, value in self.state_dict().items():
             if key not in ("transformer.wte.weight", "lm_head.weight"):
                 state[key].copy_(value)
-        wte = self.transformer.wte.weight
-        model.transformer.wte.weight.copy_(wte[:text].mean(0)).narrow(0, 0, text).copy_(wte[:text])
+        embedding = self.transformer.wte.weight[:text]
+        model.transformer.wte.weight[:text] = embedding
+        model.transformer.wte.weight[text:] = embedding.mean(0)
         for block in model.transformer.h:
             if meta_attention:
                 nn.init.zeros_(block.meta_attn.c_proj.weight)
@@ -436,7 +439,7 @@ class GPT(nn.Module):
         if meta_rate > 0 and c.meta_id is None:
             raise ValueError(f"meta_rate={meta_rate}, but the model has no meta-tokens")
         if generator is None and temperature > 0:
-            generator = torch.Generator(device).manual_seed(torch.seed() if seed is None else seed)
+            generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
         is_scheduled = self._schedule(meta_rate, generator, seed)
         window, new, cache, position = idx, idx, None, idx.size(1)  # new: what the cache has not seen
         for _ in range(max_new_tokens):
@@ -504,12 +507,12 @@ def read_torch_file(path):
         raise ValueError(f"no checkpoint {path}") from None
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is not a checkpoint, or holds more than weights: refused") from None
-    except (RuntimeError, EOFError, OSError, KeyError) as e:
-        raise ValueError(f"{path} is truncated or damaged ({str(e).split(chr(10))[0][:100]})") from None
+    except Exception as e:  # a damaged file raises whatever its bytes lead to
+        raise ValueError(f"{path} is truncated or damaged ({str(e).split(chr(10))[0][:100] or type(e).__name__})") from None
 
 
 def load_checkpoint(path):
-    """The dictionary that train.py saved: 'model', 'model_config', 'optimizer', 'settings', 'step', ...
+    """The dictionary that train.py saved: 'model', 'model_config', 'settings', 'optimizer', 'step', ...
 
     path is a .pt file, or a folder that holds ckpt.pt. Raises ValueError, one line, if it is missing, truncated or
     something else.
@@ -517,11 +520,10 @@ def load_checkpoint(path):
     if not path.endswith(".pt"):
         path = os.path.join(path, "ckpt.pt")
     checkpoint = read_torch_file(path)
-    known = {f.name for f in fields(GPTConfig)}
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_config"), dict) or "model" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not {"model", "model_config", "settings", "step"} <= checkpoint.keys():
         raise ValueError(f"{path} is not a checkpoint of train.py")
-    if unknown := set(checkpoint["model_config"]) - known:
-        raise ValueError(f"{path} was written by another version: unknown {', '.join(sorted(unknown))}")
+    if differing := checkpoint["model_config"].keys() ^ {f.name for f in fields(GPTConfig)}:
+        raise ValueError(f"{path} was written by another version: its architecture differs in {', '.join(sorted(differing))}")
     return checkpoint
 
 

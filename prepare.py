@@ -11,16 +11,18 @@ and ends with the same bytes, whatever the number of workers.
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import platform
+import shlex
 import signal
-import sys
 import sysconfig
 import threading
 import time
+import zlib
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 
 import numpy as np
 import tiktoken
@@ -62,17 +64,12 @@ def get_tokenizer(name):
 
 
 def decode(encoding, tokens, show_meta=False):
-    """Text of a list of ids; meta-tokens and end-of-text are left out unless show_meta."""
-    text, run = [], []
-    for token in [*tokens, None]:
-        if token is not None and token < encoding.n_vocab and token != encoding.eot_token:
-            run.append(token)
-            continue
-        text.append(encoding.decode(run, errors="replace"))
-        run = []
-        if show_meta and token is not None:
-            text.append(META if token == encoding.n_vocab else encoding.decode([token]))
-    return "".join(text)
+    """Text of a list of ids. Meta-tokens and end-of-text are left out; with show_meta they are printed."""
+    if not show_meta:  # a character of several tokens may have a meta-token inside: decode it whole
+        return encoding.decode([token for token in tokens if token < encoding.n_vocab and token != encoding.eot_token])
+    names = {encoding.n_vocab: META, encoding.eot_token: "<|endoftext|>"}
+    return "".join(names[key] * len(list(run)) if key in names else encoding.decode(list(run))
+                   for key, run in itertools.groupby(tokens, lambda token: token if token in names else None))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -156,43 +153,50 @@ def local_files(config):
     """(key, path) of the files that config.source names; none if it is a data set on the hub."""
     files = []
     for pattern in filter(None, config.source.split(",")):
-        matches = sorted(glob.glob(pattern, recursive=True))
-        for path in matches:
+        found = []
+        for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)):
             if os.path.isdir(path):
-                files += files_below(path, PLAIN + ROWS)
+                found += files_below(path, PLAIN + ROWS)
             elif path.endswith(PLAIN + ROWS):
-                files.append((os.path.basename(path), path))
-        is_a_path = matches or pattern.startswith((".", "/", "~")) or pattern.endswith(PLAIN + ROWS) or glob.has_magic(pattern)
-        if is_a_path and not files:
+                found.append((os.path.basename(path), path))
+        is_a_path = os.path.exists(pattern) or pattern.startswith((".", "/", "~")) or glob.has_magic(pattern)
+        if not found and (is_a_path or files or pattern.endswith(PLAIN + ROWS)):
             raise config.error(f"source={pattern}: no such file, or nothing that ends in {', '.join(PLAIN + ROWS)}")
+        files += found
     return files
 
 
 def file_pieces(key, path, text_field, lone):
-    if path.endswith(PLAIN):
-        sections = text_sections(path, SECTION_CHARS if lone else BATCH_CHARS)
-        for i, (text, ends) in enumerate(sections):
-            yield f"{key}#{i}" if lone else key, text, ends
-    else:
-        for number, row in enumerate(parquet_rows(path, text_field) if path.endswith(".parquet") else json_rows(path), 1):
-            if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-                raise SystemExit(f"error: {path}: row {number} has no text in '{text_field}': name the column with --text_field=")
-            yield row[text_field], row[text_field], True
+    try:
+        if path.endswith(PLAIN):
+            for i, (text, ends) in enumerate(text_sections(path, SECTION_CHARS if lone else BATCH_CHARS)):
+                yield f"{key}#{i}" if lone else key, text, ends
+        else:
+            for number, row in enumerate(parquet_rows(path, text_field) if path.endswith(".parquet") else json_rows(path), 1):
+                yield row_piece(row, text_field, f"{path}: row {number}")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
+        raise SystemExit(f"error: cannot read {path}: {e}") from None
+
+
+def row_piece(row, text_field, where):
+    """A row of a table is a document, and its text its own key."""
+    if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
+        raise SystemExit(f"error: {where} has no text in '{text_field}': name the column with --text_field=")
+    return row[text_field], row[text_field], True
 
 
 def text_sections(path, size):
-    """(text, ends): a file in sections of about `size` characters, cut where BPE cuts as well: behind a single newline
-    between two other characters that are no white space."""
+    """(text, ends): a file in sections of about `size` characters. They end before a single space between two words, as
+    BPE's own pieces do, or, in a text without any, wherever the size says."""
     with open(path, encoding="utf-8", errors="replace", newline="") as file:
         rest = file.read(size)
         while more := file.read(size):
-            cut = rest.rfind("\n", 1, len(rest) - 1)
+            cut = rest.rfind(" ", 1, len(rest) - 1)
             while cut > 0 and (rest[cut - 1].isspace() or rest[cut + 1].isspace()):
-                cut = rest.rfind("\n", 1, cut)
-            if cut > 0:
-                yield rest[:cut + 1], False
-                rest = rest[cut + 1:]
-            rest += more
+                cut = rest.rfind(" ", 1, cut)
+            cut = cut if cut > 0 else len(rest)
+            yield rest[:cut], False
+            rest = rest[cut:] + more
         yield rest, True
 
 
@@ -213,8 +217,8 @@ def parquet_rows(path, text_field):
         columns = [text_field] if text_field in file.schema_arrow.names else []
         for batch in file.iter_batches(batch_size=1000, columns=columns):
             yield from batch.to_pylist()
-    except (ArrowException, OSError) as e:
-        raise SystemExit(f"error: {path}: {str(e).splitlines()[0]}") from None
+    except ArrowException as e:
+        raise SystemExit(f"error: cannot read {path}: {str(e).splitlines()[0]}") from None
 
 
 def hub_error(config, e):
@@ -236,8 +240,8 @@ def hub_pieces(config, revision, skip):
         from datasets import load_dataset
         name, _, configuration = config.source.partition(":")
         rows = load_dataset(name, configuration or None, split="train", streaming=True, revision=revision)
-        for row in rows.skip(skip):
-            yield row[config.text_field], row[config.text_field], True
+        for number, row in enumerate(rows.skip(skip), skip + 1):
+            yield row_piece(row, config.text_field, f"{config.source}: row {number}")
     except Exception as e:  # as above, and a stream that breaks
         raise hub_error(config, e) from None
 
@@ -245,10 +249,10 @@ def hub_pieces(config, revision, skip):
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenising, in worker processes
 
-def start_worker(tokenizer, val_fraction, parent):
+def start_worker(tokenizer, val_fraction):
     global encoding, val_share
-    encoding, val_share = get_tokenizer(tokenizer), val_fraction
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    encoding, val_share, parent = get_tokenizer(tokenizer), val_fraction, os.getppid()
 
     def end_with_parent():
         while os.getppid() == parent:
@@ -313,7 +317,7 @@ class SplitWriter:
         self.dtype = np.dtype(np.uint16 if meta_id < 2**16 else np.uint32)
         self.n_meta = meta_per_block(config.meta_rate, config.block_size)
         self.text_per_block = config.block_size - self.n_meta
-        self.blocks_per_shard = SHARD_TOKENS // config.block_size
+        self.blocks_per_shard = max(SHARD_TOKENS // config.block_size, 1)
         self.shards, self.blocks, self.file = [], 0, None  # finished shards; blocks in all
         self.rest = np.empty(0, self.dtype)                # text that is no whole block yet
         self.group, self.places = None, None
@@ -356,6 +360,8 @@ class SplitWriter:
 
     def end_shard(self):
         self.file.write(self.rest[:1].tobytes())
+        self.file.flush()
+        os.fsync(self.file.fileno())
         self.file.close()
         self.file = None
         path = self.path(len(self.shards))
@@ -372,42 +378,52 @@ class SplitWriter:
 
 def prepare(config):
     """Writes data/<dataset>/ as the config says, or says that it is there already. Raises SystemExit with one line."""
-    folder = folder_of(config)
-    if os.path.exists(os.path.join(folder, "manifest.json")) and not config.overwrite:
-        check_fit(config, read_manifest(config))
-        print(f"{folder} is prepared already")
-        return
-    encoding, source = get_tokenizer(config.tokenizer), Source(config)
-    description = {
-        "format": 1, "tokenizer": config.tokenizer, "vocab_size": encoding.n_vocab, "meta_id": encoding.n_vocab,
-        "block_size": config.block_size, "meta_rate": config.meta_rate,
-        "meta_per_block": meta_per_block(config.meta_rate, config.block_size), "meta_placement": config.meta_placement,
-        "seed": config.seed, "source": config.source, "source_version": source.version, "text_field": config.text_field,
-        "val_fraction": config.val_fraction, "max_tokens": config.max_tokens,
-    }
-    writers = {split: SplitWriter(folder, split, config, encoding.n_vocab) for split in ("train", "val")}
+    folder, again = folder_of(config), "the same command" + " without --overwrite" * config.overwrite
     try:
+        encoding, source = get_tokenizer(config.tokenizer), Source(config)
+        description = {
+            "format": 1, "tokenizer": config.tokenizer, "text_vocab_size": encoding.n_vocab, "meta_id": encoding.n_vocab,
+            "block_size": config.block_size, "meta_rate": config.meta_rate,
+            "meta_per_block": meta_per_block(config.meta_rate, config.block_size), "meta_placement": config.meta_placement,
+            "seed": config.seed, "source": config.source, "source_version": source.version, "text_field": config.text_field,
+            "val_fraction": config.val_fraction, "max_tokens": config.max_tokens,
+        }
+        if os.path.exists(os.path.join(folder, "manifest.json")) and not config.overwrite:
+            refuse_other(config, read_manifest(config), description)
+            print(f"{folder} is prepared already")
+            return
+        writers = {split: SplitWriter(folder, split, config, encoding.n_vocab) for split in ("train", "val")}
         os.makedirs(folder, exist_ok=True)
-        progress = begin(folder, description, writers)
+        progress = begin(config, description, writers)
         write_tokens(config, source, writers, progress)
         finish(config, writers, progress)
     except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; the same command goes on from here") from None
+        raise SystemExit(f"\ninterrupted; {again} goes on from here") from None
+    except BrokenExecutor:
+        raise SystemExit(f"error: a worker was killed, for want of memory perhaps; {again} goes on from here, with fewer --workers= "
+                         "if need be") from None
     except OSError as e:
-        raise SystemExit(f"error: cannot write {folder}: {e.strerror}; make room, and the same command goes on from here") from None
+        raise SystemExit(f"error: cannot write {folder}: {e.strerror}; make room, and {again} goes on from here") from None
 
 
-def begin(folder, description, writers):
-    """How far an interrupted run of the same description came, with the writers set to go on there; or a fresh start."""
-    progress = {"of": description, "pieces": 0, "documents": 0, "chars": 0, "tokens": 0}
+def refuse_other(config, there, description):
+    """Refuses to take a folder's data, or the beginning of some, for what the description says."""
+    for name, value in description.items():
+        if there.get(name) != value:
+            raise config.error(f"{folder_of(config)} holds data of {name} {there.get(name)}, not {value}: name another --dataset, "
+                               "or --overwrite them")
+
+
+def begin(config, description, writers):
+    """How far an interrupted run came, with the writers set to go on there; or a fresh start."""
+    folder, progress = folder_of(config), {"of": description, "pieces": 0, "documents": 0, "chars": 0, "tokens": 0}
     path = os.path.join(folder, "progress.json")
-    saved = None
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            saved = json.load(file)
-    if saved is None or saved["of"] != description:
+    if config.overwrite or not os.path.exists(path):
         remove_from(folder, os.listdir(folder))
         return progress
+    with open(path, encoding="utf-8") as file:
+        saved = json.load(file)
+    refuse_other(config, saved["of"], description)
     for split, writer in writers.items():
         writer.resume(saved[split])
     print(f"going on behind {saved['documents']:,} documents, {saved['tokens']:,} text tokens")
@@ -420,12 +436,13 @@ def write_tokens(config, source, writers, progress):
         state = {split: writer.state() for split, writer in writers.items()}
         write_json(os.path.join(folder_of(config), "progress.json"), progress | state)
 
-    workers = config.workers or os.cpu_count()
-    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(config.tokenizer, config.val_fraction, os.getpid()))
+    if reached(config, progress):
+        return
+    workers = config.workers or cores()
+    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(config.tokenizer, config.val_fraction))
     bar = tqdm(desc=f"preparing {folder_of(config)}", unit=" tokens", unit_scale=True, initial=progress["tokens"],
                total=config.max_tokens or None)
     saved_at = time.monotonic()
-    save()
     try:
         for batch, tokens in ordered_map(pool, tokenise, batches(source.pieces(progress["pieces"])), ahead=2 * workers + 1):
             if config.max_tokens:  # all of the validation text, and training text up to the limit
@@ -438,17 +455,26 @@ def write_tokens(config, source, writers, progress):
             progress["documents"] += sum(ends for _, _, ends in batch)
             progress["chars"] += sum(len(text) for _, text, _ in batch)
             if source.bytes and not config.max_tokens:
-                bar.total = max(progress["tokens"], round(progress["tokens"] / progress["chars"] * source.bytes))
+                bar.total = max(progress["tokens"], round(progress["tokens"] / max(progress["chars"], 1) * source.bytes))
             bar.update(progress["tokens"] - bar.n)
+            if reached(config, progress):
+                break
             if time.monotonic() - saved_at > SAVE_SECONDS:
                 save()
                 saved_at = time.monotonic()
-            if config.max_tokens and progress["tokens"] >= config.max_tokens:
-                break
         bar.total = progress["tokens"]
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)
+
+
+def reached(config, progress):
+    return config.max_tokens and progress["tokens"] >= config.max_tokens
+
+
+def cores():
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def finish(config, writers, progress):
@@ -500,21 +526,23 @@ def remove_from(folder, names):
 
 def read_manifest(config):
     """data/<dataset>/manifest.json, its shards' sizes checked. Raises SystemExit with one line."""
-    folder, command = folder_of(config), prepare_command()
+    folder, command = folder_of(config), prepare_command(config)
     path = os.path.join(folder, "manifest.json")
     try:
         with open(path, encoding="utf-8") as file:
             manifest = json.load(file)
-        shards = [shard for split in ("train", "val") for shard in manifest["splits"][split]["shards"]]
+        sizes = {shard["file"]: shard["bytes"] for split in ("train", "val") for shard in manifest["splits"][split]["shards"]}
+        for name in ("tokenizer", "text_vocab_size", "meta_id", "block_size", "meta_rate", "meta_per_block", "meta_placement"):
+            manifest[name]
     except FileNotFoundError:
         raise SystemExit(f"error: no data in {folder}: run {command}") from None
     except (ValueError, KeyError, TypeError):
         raise SystemExit(f"error: {path} is damaged: run {command} --overwrite") from None
-    for shard in shards:
-        path = os.path.join(folder, shard["file"])
-        size = os.path.getsize(path) if os.path.exists(path) else None
-        if size != shard["bytes"]:
-            problem = "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}"
+    for name, size in sizes.items():
+        path = os.path.join(folder, name)
+        found = os.path.getsize(path) if os.path.exists(path) else None
+        if found != size:
+            problem = "is missing" if found is None else f"has {found} bytes, not {size}"
             raise SystemExit(f"error: {path} {problem}: run {command} --overwrite")
     return manifest
 
@@ -524,7 +552,7 @@ def check_fit(config, manifest):
     for name in ("tokenizer", "block_size", "meta_rate", "meta_placement"):
         if manifest[name] != getattr(config, name):
             raise config.error(f"{folder_of(config)} was prepared with {name} {manifest[name]}, but {name}={getattr(config, name)}: "
-                               f"name another --dataset, or run {prepare_command()} --overwrite")
+                               f"name another --dataset, or run {prepare_command(config)} --overwrite")
 
 
 def verify(config, manifest):
@@ -533,12 +561,15 @@ def verify(config, manifest):
         for shard in split["shards"]:
             path = os.path.join(folder_of(config), shard["file"])
             if sha256_of(path) != shard["sha256"]:
-                raise SystemExit(f"error: {path} was altered (its checksum differs): run {prepare_command()} --overwrite")
+                raise SystemExit(f"error: {path} was altered (its checksum differs): run {prepare_command(config)} --overwrite")
 
 
-def prepare_command():
-    """The command that prepares what this process was asked to use."""
-    return " ".join(["python prepare.py", *(arg for arg in sys.argv[1:] if arg not in ("--overwrite", "--verify"))])
+def prepare_command(config):
+    """The command that prepares the data that the config asks for."""
+    names = ("dataset", "source", "text_field", "tokenizer", "block_size", "meta_rate", "meta_placement", "val_fraction", "max_tokens",
+             "seed")
+    given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(settings.Config, name)}
+    return shlex.join(["python", "prepare.py", *(f"--{name}={value}" for name, value in given.items())])
 
 
 if __name__ == "__main__":

@@ -45,12 +45,19 @@ def inject_prompt(tokens, config, meta_id):
 
 def run(config):
     device, dtype = pick_device(config)
+    if config.origin.get("init_from") != "command line":
+        config.init_from = "resume"  # what the config's run has saved, not what it began with
     model, checkpoint = load_trained(config)
-    if not config.given("meta_rate"):
-        config.meta_rate = checkpoint["settings"]["meta_rate"] if model.config.meta_id is not None else 0.0
+    for name in ("meta_rate", "meta_placement"):
+        if checkpoint and not config.given(name):
+            setattr(config, name, checkpoint["settings"][name])
+    if model.config.meta_id is None and config.meta_rate > 0:
+        if config.origin.get("meta_rate") == "command line":
+            raise config.error(f"meta_rate={config.meta_rate}, but the model has no meta-tokens")
+        config.meta_rate = 0.0
     encoding, text = get_tokenizer(config.tokenizer), read_start(config)
     prompt = [encoding.eot_token] if text is None else encoding.encode_ordinary(text)
-    if config.meta_rate > 0 and model.config.meta_id is not None:
+    if config.meta_rate > 0:
         prompt = inject_prompt(prompt, config, model.config.meta_id)
     if model.config.pos == "absolute" and len(prompt) > model.config.block_size:
         raise config.error(f"the prompt has {len(prompt)} tokens, but the model has learned positions for "
@@ -76,11 +83,8 @@ def run(config):
 
 
 def main(argv=None):
-    config = settings.load(argv)
     try:
-        run(config)
-    except ValueError as e:
-        raise config.error(e) from None
+        run(settings.load(argv))
     except KeyboardInterrupt:
         raise SystemExit("") from None
     except BrokenPipeError:  # `| head` has seen enough

@@ -3,6 +3,7 @@ import glob
 import gzip
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import signal
@@ -428,6 +429,13 @@ def test_injection_keeps_the_text_and_its_order():
     assert ((tokens == 999) == places).all() and (tokens[tokens != 999] == text).all() and tokens.dtype == np.uint16
 
 
+def test_a_character_with_a_meta_token_inside_is_decoded_whole():
+    encoding = prepare.get_tokenizer("bytes")
+    a, b = "é".encode()
+    assert prepare.decode(encoding, [65, a, 257, b, 256]) == "Aé"
+    assert prepare.decode(encoding, [65, 257, 66, 257, 257, 256], show_meta=True) == "A<|meta|>B<|meta|><|meta|><|endoftext|>"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Preparation
 
@@ -446,9 +454,17 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+DATA = ["--source=texts", "--dataset=d", "--tokenizer=bytes", "--block_size=32", "--val_fraction=0.2", "--workers=1"]
+
+
 def configure(*args):
-    return settings.load(["--source=texts", "--dataset=d", "--tokenizer=bytes", "--block_size=32", "--val_fraction=0.2", "--workers=1",
-                          *args])
+    return settings.load([*DATA, *args])
+
+
+@pytest.fixture
+def prepared(workplace):
+    prepare.prepare(configure())
+    return workplace
 
 
 def read_split(split, folder="data/d"):
@@ -495,18 +511,33 @@ def test_preparation_does_not_depend_on_the_number_of_workers(workplace, monkeyp
     assert folder_bytes("data/w1") == folder_bytes("data/w3")
 
 
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_preparation_works_however_processes_start(workplace, method):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system cannot start processes so")
+    prepare.prepare(configure("--dataset=usual"))
+    program = (f"import multiprocessing, sys; sys.path.insert(0, {HERE!r}); import prepare; prepare.SHARD_TOKENS = 640\n"
+               f"if __name__ == '__main__':\n    multiprocessing.set_start_method('{method}')\n    prepare.main()")
+    (workplace / "program.py").write_text(program)
+    arguments = ["--source=texts", "--dataset=other", "--tokenizer=bytes", "--block_size=32", "--val_fraction=0.2", "--workers=2"]
+    result = subprocess.run([sys.executable, "program.py", *arguments], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert folder_bytes("data/other") == folder_bytes("data/usual")
+
+
 def folder_bytes(folder):
     return {name: open(os.path.join(folder, name), "rb").read() for name in sorted(os.listdir(folder))}
 
 
-def test_preparation_killed_at_any_moment_ends_with_the_same_bytes(workplace):
+@pytest.mark.parametrize("limit", ["--max_tokens=0", "--max_tokens=9000"])
+def test_preparation_killed_and_started_again_ends_with_the_same_bytes(workplace, limit):
     program = ("import sys, time, prepare, config\n"
                "prepare.SHARD_TOKENS, prepare.BATCH_CHARS, prepare.SAVE_SECONDS = 640, 300, 0\n"
                "slow = float(sys.argv.pop(1))\n"
                "add = prepare.SplitWriter.add\n"
                "prepare.SplitWriter.add = lambda self, text: (time.sleep(slow), add(self, text))\n"
                "prepare.prepare(config.load())\n")
-    arguments = ["--source=texts", "--tokenizer=bytes", "--block_size=32", "--val_fraction=0.2", "--workers=2"]
+    arguments = ["--source=texts", "--tokenizer=bytes", "--block_size=32", "--val_fraction=0.2", "--workers=2", limit]
 
     def run(slow, dataset):
         return subprocess.Popen([sys.executable, "-c", program, str(slow), *arguments, f"--dataset={dataset}"],
@@ -552,15 +583,23 @@ def test_all_formats_hold_the_same_documents(workplace):
     assert [text for _, text, _ in prepare.hub_pieces(config, None, 110)] == TEXTS[110:]
 
 
-def test_a_long_text_is_cut_where_bpe_cuts(workplace):
-    text = "".join(TEXTS) + "\n\n\n  x\ny\n \n\nz" + "no newline " * 300
+@pytest.mark.parametrize("text", ["".join(TEXTS) + "\n\n\n  x\ny\n \n\nz it's", "A line of words,\r\n\r\nand 3  more.\r\n" * 90,
+                                  "one line " * 900], ids=["text", "CRLF", "line"])
+def test_a_long_text_is_cut_where_bpe_cuts(workplace, text):
     with open("long.md", "w", encoding="utf-8", newline="") as file:
         file.write(text)
     sections = list(prepare.text_sections("long.md", 256))
     assert "".join(t for t, _ in sections) == text and [ends for _, ends in sections] == [False] * (len(sections) - 1) + [True]
-    assert len(sections) > 20
+    assert len(sections) > 8 and all(len(t) < 600 for t, _ in sections)
     encoding = gpt2_bpe()
     assert sum((encoding.encode_ordinary(t) for t, _ in sections), []) == encoding.encode_ordinary(text)
+
+
+def test_a_text_without_spaces_is_cut_all_the_same(workplace):
+    with open("long.txt", "w", encoding="utf-8") as file:
+        file.write("文字" * 5000)
+    sections = list(prepare.text_sections("long.txt", 256))
+    assert "".join(t for t, _ in sections) == "文字" * 5000 and len(sections) > 30
 
 
 def test_a_lone_file_is_split_into_training_and_validation(workplace, monkeypatch):
@@ -578,6 +617,13 @@ def test_max_tokens_stops_there(workplace, monkeypatch):
     assert sum(s["text_tokens"] + s["dropped_text_tokens"] for s in splits) == 4000
 
 
+def test_other_data_are_not_taken_for_what_was_asked(prepared):
+    prepare.prepare(configure())  # the same: nothing to do
+    assert "data/d holds data of seed 1337, not 7" in refusal(prepare.main, [*DATA, "--seed=7"])
+    prepare.main([*DATA, "--seed=7", "--overwrite"])
+    assert read_split("train")[2]["seed"] == 7
+
+
 def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
     files = prepare.Source(settings.load(["--source=stdlib"])).files
     keys = [key for key, _ in files]
@@ -589,15 +635,9 @@ def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
-SMALL = ["--source=texts", "--dataset=d", "--tokenizer=bytes", "--block_size=32", "--val_fraction=0.2", "--workers=1", "--n_layer=2",
-         "--n_head=2", "--n_embd=16", "--batch_size=2", "--gradient_accumulation_steps=2", "--warmup_iters=2", "--eval_iters=2",
-         "--device=cpu", "--dtype=float32", "--max_iters=12", "--eval_interval=4", "--log_interval=2", "--learning_rate=1e-2"]
-
-
-@pytest.fixture
-def prepared(workplace):
-    prepare.prepare(configure())
-    return workplace
+SMALL = [*DATA, "--n_layer=2", "--n_head=2", "--n_embd=16", "--batch_size=2", "--gradient_accumulation_steps=2", "--warmup_iters=2",
+         "--eval_iters=2", "--device=cpu", "--dtype=float32", "--max_iters=12", "--eval_interval=4", "--log_interval=2",
+         "--learning_rate=1e-2"]
 
 
 def script(name, *args, launcher=(), **options):
@@ -704,10 +744,11 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits(prepared):
 
 
 def test_two_processes_take_the_steps_of_one(prepared):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611"]
-    two = script("train.py", *SMALL, "--out_dir=two", launcher=launcher)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = [*SMALL, "--eval_iters=1", "--batch_size=1"]  # one block to evaluate: the second process has none
+    two = script("train.py", *arguments, "--out_dir=two", launcher=launcher)
     assert two.returncode == 0, two.stderr
-    train.train(settings.load([*SMALL, "--out_dir=one"]))
+    train.train(settings.load([*arguments, "--out_dir=one"]))
     for a, b in zip(weights_of("one").values(), weights_of("two").values()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     losses = [[json.loads(line).get("val_loss") for line in open(f"{d}/log.jsonl")] for d in ("one", "two")]
@@ -744,7 +785,7 @@ def test_the_clock_stops_a_run(prepared):
 
 def test_a_loss_that_is_not_finite_stops_before_the_checkpoint_is_overwritten(prepared):
     config = settings.load([*SMALL, "--learning_rate=1e30", "--grad_clip=0", "--eval_interval=5", "--log_interval=100"])
-    with pytest.raises(SystemExit, match=r"the loss is (nan|inf) at step 5, learning rate .*: the last good checkpoint is out/ckpt.pt"):
+    with pytest.raises(SystemExit, match=r"the loss is (nan|inf), .* at step 5, learning rate .*: the last good checkpoint is out/ckpt.pt"):
         train.train(config)
     assert load_checkpoint("out")["step"] == 0
 
@@ -785,6 +826,37 @@ def test_best_is_kept_when_the_last_is_worse(tmp_path):
     assert [torch.load(tmp_path / name)["step"] for name in ("best.pt", "ckpt.pt")] == [1, 2]
 
 
+def test_a_resumed_optimizer_follows_the_settings_given_now(prepared):
+    train.train(settings.load([*SMALL, "--max_iters=2"]))
+    train.train(settings.load([*SMALL, "--max_iters=4", "--init_from=resume", "--weight_decay=0.5", "--beta2=0.5"]))
+    decayed, others = load_checkpoint("out")["optimizer"]["param_groups"]
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.5, 0.0) and decayed["betas"] == (0.9, 0.5)
+
+
+def test_eval_only_evaluates_the_trained_model(prepared, capsys):
+    train.train(settings.load(SMALL))
+    best = load_checkpoint("out")["best_val_loss"]
+    capsys.readouterr()
+    train.train(settings.load([*SMALL, "--eval_only"]))
+    assert f"validation {best:.4f}" in capsys.readouterr().out
+
+
+def test_a_log_cut_short_by_a_crash_is_read_up_to_there(prepared):
+    train.train(settings.load([*SMALL, "--max_iters=4"]))
+    with open("out/log.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    train.train(settings.load([*SMALL, "--max_iters=6", "--init_from=resume"]))
+    steps = [json.loads(line)["step"] for line in open("out/log.jsonl")]
+    assert steps[-1] == 6 and steps == sorted(steps)
+
+
+def test_mfu_is_counted_against_the_device_at_hand_or_not_at_all(monkeypatch):
+    machine = SimpleNamespace(type="cuda", dtype=torch.bfloat16, world=8, name=lambda: "NVIDIA H100 80GB HBM3")
+    assert train.Machine.peak_flops(machine) == 8 * 989e12
+    for change in ({"type": "cpu"}, {"dtype": torch.float32}, {"name": lambda: "NVIDIA GeForce RTX 4090 Laptop GPU"}):
+        assert train.Machine.peak_flops(SimpleNamespace(**vars(machine) | change)) is None
+
+
 def test_gradient_accumulation_is_shared_by_the_processes(prepared):
     machine = SimpleNamespace(world=3, rank=0)
     with pytest.raises(SystemExit, match="gradient_accumulation_steps=40 is not divisible by the 3 processes"):
@@ -807,6 +879,27 @@ def test_quickstart_prepares_trains_samples(tmp_path):
     assert again.returncode == 1 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
 
 
+def test_one_config_file_drives_every_script(workplace, capsys):
+    """The paper's config at a thousandth of its size, on a local file in C4's format."""
+    gpt2_bpe()
+    with gzip.open("c4.json.gz", "wt") as file:
+        for i, text in enumerate(TEXTS):
+            file.write(json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": f"https://example.org/{i}"}) + "\n")
+    arguments = [f"{HERE}/config/meta_gpt2.py", "--source=c4.json.gz", "--val_fraction=0.3", "--workers=1", "--n_embd=24", "--n_layer=1",
+                 "--max_iters=2", "--eval_iters=1", "--device=cpu", "--dtype=float32", "--batch_size=1", "--gradient_accumulation_steps=2"]
+    prepare.main(arguments)
+    prepare.main([*arguments, "--verify"])
+    train.main(arguments)
+    capsys.readouterr()
+    sample.main([*arguments, "--start=The ", "--max_new_tokens=5"])
+    assert capsys.readouterr().out.startswith("The ")
+    train.main([*arguments, "--init_from=out/meta_gpt2", "--out_dir=next", "--max_iters=1"])
+    with open("again.py", "w") as file:  # a config that begins with one model and ends with another
+        file.write('init_from = "out/meta_gpt2"\nout_dir = "next"\n')
+    os.remove("out/meta_gpt2/ckpt.pt")
+    sample.main(["again.py", "--device=cpu", "--max_new_tokens=5"])
+
+
 def test_a_prompt_gets_its_meta_tokens():
     config = settings.load(["--meta_rate=0.25", "--block_size=16"])
     tokens = sample.inject_prompt(list(range(1, 31)), config, 99)
@@ -820,13 +913,12 @@ def test_every_config_describes_a_run(path, tmp_path, monkeypatch):
     if path.endswith("__init__.py"):
         pytest.skip("not a config")
     config = settings.load([path])
-    for world in (1, 8) if "quickstart" not in path and "h100" not in path else (1,):
+    for world in (1, 2, 8) if "quickstart" not in path and "h100" not in path else (1, 2):
+        train.check_start(config, SimpleNamespace(world=world))
         if config.init_from == "scratch":
-            train.check_start(config, SimpleNamespace(world=world))
             with torch.device("meta"):
                 n = GPT(train.new_model_config(config, 50257)).num_params() / 1e6
             assert "quickstart" in path or n == pytest.approx(152 if config.meta_attention or config.n_layer == 16 else 124, abs=0.5)
-        assert config.gradient_accumulation_steps % world == 0
 
 
 def test_the_defaults_are_the_papers_run():
@@ -847,9 +939,10 @@ def test_help_lists_every_setting_with_its_meaning(capsys):
 
 def test_values_are_read_as_their_settings_want_them(tmp_path):
     (tmp_path / "c.py").write_text('"""A config."""\nn_layer = 3 * 2\nlearning_rate = 1  # an int\nmax_tokens = 1e9\nn_head = 2\n')
-    config = settings.load([str(tmp_path / "c.py"), "--n_head=4", "--overwrite", "--bias=true", "--max_iters=1e3", "--start=a=b"])
+    config = settings.load([str(tmp_path / "c.py"), "--n_head=4", "--overwrite", "--bias=true", "--compile", "--max_iters=1e3",
+                            "--start=a=b"])
     assert (config.n_layer, config.learning_rate, config.max_tokens, config.n_head) == (6, 1.0, 1_000_000_000, 4)
-    assert (config.overwrite, config.bias, config.max_iters, config.start) == (True, True, 1000, "a=b")
+    assert (config.overwrite, config.bias, config.compile, config.max_iters, config.start) == (True, True, "true", 1000, "a=b")
     assert config.origin["n_layer"].endswith("c.py:2") and config.origin["n_head"] == "command line"
 
 
@@ -870,7 +963,8 @@ def refusal(run, *args):
     (["--n_layer=many"], "command line: n_layer=many: expected a whole number"),
     (["--n_layer=2.5"], "expected a whole number"),
     (["--bias=7"], "expected True or False"),
-    (["--learning_rate"], "expected a number"),
+    (["--learning_rate"], "expected a number (write --learning_rate=...)"),
+    (["--compile=perhaps"], "compile=perhaps: expected one of auto, true, false"),
     (["--pos=sinus"], "pos=sinus: expected one of rope, absolute, none"),
     (["--batch_size=0"], "batch_size=0 must be positive"),
     (["--meta_rate=1.5"], "meta_rate=1.5 must be"),
@@ -895,13 +989,14 @@ def test_bad_settings_are_refused_in_one_line(tmp_path, monkeypatch, args, expec
     (["--n_embd=6"], "needs an even head size"),
     (["--pos=absolute", "--yarn_scale=2"], "yarn_scale=2.0 extends a trained model"),
     (["--meta_rate=0"], "meta_attention=True needs meta-tokens, but meta_rate=0.0"),
-    (["--dataset=nothing"], "no data in data/nothing: run python prepare.py"),
+    (["--dataset=nothing"], "no data in data/nothing: run python prepare.py --dataset=nothing --source=texts --tokenizer=bytes"),
     (["--block_size=64"], "was prepared with block_size 32, but block_size=64"),
     (["--meta_rate=0.2"], "was prepared with meta_rate 0.1, but meta_rate=0.2"),
     (["--tokenizer=gpt2"], "was prepared with tokenizer bytes, but tokenizer=gpt2"),
     (["--init_from=nowhere"], "no checkpoint nowhere"),
     (["--init_from=resume"], "no checkpoint out/ckpt.pt"),
     (["--device=quantum"], "device=quantum: expected cpu, cuda, cuda:N or mps"),
+    (["--device=meta"], "device=meta: expected cpu, cuda, cuda:N or mps"),
     (["--device=cuda:99"], "device=cuda:99, but this machine has"),
 ])
 def test_impossible_runs_are_refused_in_one_line(prepared, args, expected):
@@ -924,8 +1019,9 @@ def test_damaged_data_are_refused_in_one_line(prepared):
     assert "token id 65535 is beyond the vocabulary" in refusal(blocks.batch, [0])
     os.remove(shard)
     assert f"{shard} is missing" in refused()
-    open("data/d/manifest.json", "w").write(manifest[:100])
-    assert "manifest.json is damaged" in refused()
+    for damaged in (manifest[:100], "[]", manifest.replace('"block_size"', '"blok_size"')):
+        open("data/d/manifest.json", "w").write(damaged)
+        assert "manifest.json is damaged" in refused()
     os.remove("data/d/manifest.json")
     assert "no data in data/d" in refused()
 
@@ -945,7 +1041,8 @@ def test_bad_checkpoints_are_refused_in_one_line(prepared):
     assert "n_layer=5, but the checkpoint has 2" in refused("--n_layer=5")
     assert "n_layer=5, but the checkpoint has 2" in refusal(train.main, [*SMALL, "--n_layer=5", "--init_from=resume"])
     assert "tokenizer=gpt2, but the checkpoint reads bytes" in refused("--tokenizer=gpt2")
-    for name, data in {"truncated": content[:len(content) // 2], "text": b"hello", "malicious": pickle.dumps(Malicious())}.items():
+    for name, data in {"truncated": content[:len(content) // 2], "text": b"hello", "byte": b"\x80",
+                       "malicious": pickle.dumps(Malicious())}.items():
         open(f"{name}.pt", "wb").write(data)
         assert f"{name}.pt is" in refused(f"--init_from={name}.pt")
     assert not os.path.exists("was_run")
@@ -954,6 +1051,9 @@ def test_bad_checkpoints_are_refused_in_one_line(prepared):
     checkpoint["model_config"]["n_embd"] = 32
     torch.save(checkpoint, "changed.pt")
     assert "of another architecture" in refused("--init_from=changed.pt")
+    checkpoint["model_config"].pop("pos")
+    torch.save(checkpoint, "older.pt")
+    assert "was written by another version: its architecture differs in pos" in refused("--init_from=older.pt")
     assert "start=: an empty prompt" in refused("--start=")
     assert "start=FILE:nowhere.txt: No such file" in refused("--start=FILE:nowhere.txt")
     checkpoint = torch.load("out/ckpt.pt")
@@ -980,8 +1080,15 @@ def test_bad_sources_are_refused_in_one_line(workplace, monkeypatch):
         file.write("no json\n")
     with open("bad/c.parquet", "w") as file:
         file.write("no parquet")
+    with open("bad/d.jsonl", "wb") as file:
+        file.write(b'{"text": "\xff"}')
+    with open("bad/e.json.gz", "wb") as file:
+        file.write(gzip.compress(b'{"text": "a"}' * 999)[:-9])
+    open("bad/empty.txt", "w").close()
     for source, expected in {"nowhere/*.txt": "source=nowhere/*.txt: no such file", "bad/b.jsonl": "bad/b.jsonl:1: not JSON",
-                             "bad/a.jsonl": "bad/a.jsonl: row 2 has no text in 'text'", "bad/c.parquet": "bad/c.parquet: "}.items():
+                             "bad/a.jsonl": "bad/a.jsonl: row 2 has no text in 'text'", "bad/c.parquet": "cannot read bad/c.parquet: ",
+                             "bad/d.jsonl": "cannot read bad/d.jsonl: ", "bad/e.json.gz": "cannot read bad/e.json.gz: ",
+                             "texts,gone.txt": "source=gone.txt: no such file", "bad/empty.txt": "less than a block"}.items():
         assert expected in refusal(prepare.prepare, configure(f"--source={source}"))
     assert "val_fraction=0.0 left the val split 0 text tokens" in refusal(prepare.prepare, configure("--val_fraction=0"))
     assert not os.path.exists("data/d/manifest.json")
@@ -989,6 +1096,9 @@ def test_bad_sources_are_refused_in_one_line(workplace, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_: (_ for _ in ()).throw(ConnectionError("offline")))
     assert "cannot be read from the Hugging Face hub (ConnectionError: offline): go online" in refusal(
         prepare.prepare, configure("--source=allenai/c4:en"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: (_ for _ in ()).throw(ConnectionError("offline")))
+    assert "cannot get config.json of 'gpt2' from the Hugging Face hub (ConnectionError): go online, or put" in refusal(
+        train.main, ["--init_from=gpt2", "--device=cpu"])
 
 
 def test_without_the_network_gpt2s_bpe_says_what_to_do(monkeypatch):

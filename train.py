@@ -4,13 +4,15 @@
     python train.py config/meta_gpt2_h100.py                              # the paper's 152M model on one GPU
     torchrun --nproc_per_node=8 train.py                                  # the same on eight
 
-What a step does is a function of the settings and its number alone: killed and resumed, or spread over more
-processes, a run takes the same steps. Writes ckpt.pt (the last state), best.pt (of the lowest validation loss),
-log.jsonl and loss.png to out_dir.
+What a step does is a function of the settings and its number alone (and of the clock, where max_minutes is set):
+killed and resumed, or spread over more processes, a run takes the same steps. Writes ckpt.pt (the last state), best.pt
+(of the lowest validation loss), log.jsonl and loss.png to out_dir.
 """
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -32,9 +34,13 @@ FROM_CHECKPOINT = ("n_layer", "n_head", "n_embd", "bias", "pos", "rope_base", "b
 MAY_OVERRIDE = ("block_size", "yarn_scale", "dropout", "zero_meta_pos", "zero_meta_embd")
 OF_THIS_RUN = ("init_from", "out_dir", "overwrite", "eval_only", "device", "dtype", "compile")  # not kept by --init_from=resume
 
-# Peak of dense bf16/fp16 matrix products in FLOP/s, by the name that the driver gives the device (first match counts)
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
-              "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12}
+# Peak of dense bf16/fp16 matrix products in FLOP/s, by the exact name that the driver gives the device
+PEAK_FLOPS = {
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA L40S": 362e12, "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12,
+    "Tesla V100-SXM2-16GB": 125e12, "Tesla V100-SXM2-32GB": 125e12,
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -45,9 +51,9 @@ class Machine:
 
     def __init__(self, config):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device, self.dtype = pick_device(config, int(os.environ.get("LOCAL_RANK", 0)))
+        self.device, self.dtype = pick_device(config)
         self.type = self.device.type
-        self.compile = config.compile == "True" or (config.compile == "auto" and self.type == "cuda")
+        self.compile = config.compile == "true" or (config.compile == "auto" and self.type == "cuda")
         if self.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
@@ -57,16 +63,19 @@ class Machine:
     def autocast(self):
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.type, self.dtype)
 
-    def sum(self, values, op=dist.ReduceOp.SUM):
-        """The sums (or maxima) over all processes of a list of numbers."""
+    def all_reduce(self, values, op=dist.ReduceOp.SUM):
+        """The sums (or maxima) over all processes of a list of numbers, which stays on the host."""
         values = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(values, op)
         return values.tolist()
 
-    def barrier(self):
+    def from_first(self, value):
+        """The first process's value, on all of them."""
+        values = [value]
         if self.world > 1:
-            dist.barrier()
+            dist.broadcast_object_list(values, device=torch.device("cpu"))
+        return values[0]
 
     def name(self):
         return torch.cuda.get_device_name(self.device) if self.type == "cuda" else self.type
@@ -75,22 +84,22 @@ class Machine:
         """FLOP/s of all processes together; None for an unknown device or precision."""
         if self.type != "cuda" or self.dtype == torch.float32:
             return None
-        return next((self.world * peak for name, peak in PEAK_FLOPS.items() if name in self.name()), None)
+        peak = PEAK_FLOPS.get(self.name())
+        return peak and peak * self.world
 
 
-def pick_device(config, local_rank=0):
+def pick_device(config):
     """(torch.device, dtype of the matrix products) for the settings device and dtype. Raises SystemExit."""
-    name = config.device
+    name, alone = config.device, "WORLD_SIZE" not in os.environ
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-    except RuntimeError:
-        raise config.error(f"device={name}: expected cpu, cuda, cuda:N or mps") from None
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and alone else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name) or (":" in name and not alone):
+        raise config.error(f"device={name}: expected cpu, cuda, {'cuda:N ' if alone else ''}or mps")
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise config.error(f"device={name}, but this machine has {torch.cuda.device_count()} CUDA devices: use --device=cpu")
+        raise config.error(f"device={device}, but this machine has {torch.cuda.device_count()} CUDA devices: use --device=cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise config.error(f"device={name}, but this machine has no MPS: use --device=cpu")
+        raise config.error(f"device={device}, but this machine has no MPS: use --device=cpu")
     if config.dtype != "auto":
         return device, getattr(torch, config.dtype)
     if device.type == "cuda":
@@ -108,11 +117,11 @@ class Blocks:
     def __init__(self, config, manifest, split):
         self.block_size, self.meta_id = manifest["block_size"], manifest["meta_id"]
         self.text_per_block = self.block_size - manifest["meta_per_block"]
-        dtype = np.uint16 if self.meta_id < 2**16 else np.uint32
+        self.dtype = np.dtype(np.uint16 if self.meta_id < 2**16 else np.uint32)
         shards = manifest["splits"][split]["shards"]
         self.paths = [os.path.join(prepare.folder_of(config), shard["file"]) for shard in shards]
-        self.shards = [np.memmap(path, dtype, mode="r") for path in self.paths]
-        self.ends = np.cumsum([(len(shard) - 1) // self.block_size for shard in self.shards])
+        self.ends = np.cumsum([shard["tokens"] // self.block_size for shard in shards])
+        self.prepare_command = prepare.prepare_command(config)
 
     def __len__(self):
         return int(self.ends[-1])
@@ -123,10 +132,10 @@ class Blocks:
         for row, number in zip(tokens, numbers):
             shard = int(np.searchsorted(self.ends, number, side="right"))
             start = int(number - (self.ends[shard - 1] if shard else 0)) * self.block_size
-            row[:] = self.shards[shard][start:start + self.block_size + 1]
+            row[:] = np.fromfile(self.paths[shard], self.dtype, self.block_size + 1, offset=start * self.dtype.itemsize)
             if row.max() > self.meta_id:
                 raise SystemExit(f"error: {self.paths[shard]}: token id {row.max()} is beyond the vocabulary: "
-                                 f"run {prepare.prepare_command()} --overwrite")
+                                 f"run {self.prepare_command} --overwrite")
         tokens = torch.from_numpy(tokens)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -194,7 +203,7 @@ def evaluate(model, blocks, config, machine):
             loss = model(x.to(machine.device), y.to(machine.device), n_meta=blocks.block_size - blocks.text_per_block)[1]
         total += loss * len(own)
     model.train()
-    total, count = machine.sum([total.item(), len(numbers)])
+    total, count = machine.all_reduce([total.item(), len(numbers)])
     return total / count
 
 
@@ -205,23 +214,26 @@ def load_trained(config):
     """(model, checkpoint) that init_from names, on the CPU: a checkpoint (the one in out_dir for 'resume' and 'scratch') or
     OpenAI's GPT-2, for which checkpoint is None. The config takes over architecture and tokenizer.
 
-    Raises SystemExit where the command line asks for another architecture, ValueError for a bad file.
+    Raises SystemExit for a bad file, or where the command line asks for another architecture.
     """
-    if is_pretrained(config.init_from):
-        adopt_tokenizer(config, "gpt2")
-        model, checkpoint = GPT.from_pretrained(config.init_from, dropout=config.dropout), None
+    try:
+        if is_pretrained(config.init_from):
+            adopt_tokenizer(config, "gpt2")
+            model, checkpoint = GPT.from_pretrained(config.init_from), None
+        else:
+            checkpoint = load_checkpoint(config.out_dir if config.init_from in ("resume", "scratch") else config.init_from)
+            adopt_tokenizer(config, checkpoint["settings"]["tokenizer"])
+            model = GPT.from_checkpoint(checkpoint)
         adopt(config, asdict(model.config))
-    else:
-        checkpoint = load_checkpoint(config.out_dir if config.init_from in ("resume", "scratch") else config.init_from)
-        adopt_tokenizer(config, checkpoint["settings"]["tokenizer"])
-        adopt(config, checkpoint["model_config"])
         overrides = {name: getattr(config, name) for name in MAY_OVERRIDE}
-        if config.pos == "absolute":  # the table stays
-            overrides["block_size"] = checkpoint["model_config"]["block_size"]
-        model = GPT.from_checkpoint(checkpoint, **overrides)
-    if config.pos == "absolute" and config.block_size > model.config.block_size:
-        raise config.error(f"block_size={config.block_size}, but the checkpoint has learned positions for {model.config.block_size}")
-    return model, checkpoint
+        if config.pos == "absolute":  # the table of positions stays as it is
+            if config.block_size > model.config.block_size:
+                raise ValueError(f"block_size={config.block_size}, but the checkpoint has learned positions for "
+                                 f"{model.config.block_size}")
+            overrides["block_size"] = model.config.block_size
+        return model.reconfigured(**overrides), checkpoint
+    except ValueError as e:
+        raise config.error(e) from None
 
 
 def adopt_tokenizer(config, name):
@@ -241,10 +253,13 @@ def adopt(config, model_config):
         setattr(config, name, value)
 
 
-def new_model_config(config, text_vocab_size=256):
-    """The architecture that the settings ask for. Raises ValueError if there is none such."""
-    return GPTConfig(vocab_size=pad_vocab(text_vocab_size + 1), meta_id=text_vocab_size if config.meta_rate > 0 else None,
-                     text_vocab_size=text_vocab_size, **{name: getattr(config, name) for name in FROM_CHECKPOINT + MAY_OVERRIDE})
+def new_model_config(config, text_vocab_size):
+    """The architecture that the settings ask for. Raises SystemExit if there is none such."""
+    try:
+        return GPTConfig(vocab_size=pad_vocab(text_vocab_size + 1), meta_id=text_vocab_size if config.meta_rate > 0 else None,
+                         text_vocab_size=text_vocab_size, **{name: getattr(config, name) for name in FROM_CHECKPOINT + MAY_OVERRIDE})
+    except ValueError as e:
+        raise config.error(e) from None
 
 
 def is_pretrained(init_from):
@@ -254,7 +269,11 @@ def is_pretrained(init_from):
 
 def resume_settings(config):
     """With --init_from=resume, whatever was not given now is as it was then."""
-    for name, value in load_checkpoint(config.out_dir)["settings"].items():
+    try:
+        before = load_checkpoint(config.out_dir)["settings"]
+    except ValueError as e:
+        raise config.error(e) from None
+    for name, value in before.items():
         if name in settings.SETTINGS and name not in OF_THIS_RUN and not config.given(name):
             setattr(config, name, value)
 
@@ -270,13 +289,15 @@ def save(path, checkpoint):
     except (OSError, RuntimeError) as e:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        before = f"{path} is still the one before" if os.path.exists(path) else "nothing was written"
-        raise SystemExit(f"error: cannot save {path} ({str(e).splitlines()[0]}): {before}; make room and {go_on_command()}") from None
+        before = f"it is still the one before; make room, and {go_on_command()}" if os.path.exists(path) else "make room"
+        raise SystemExit(f"error: cannot save {path} ({str(e).splitlines()[0]}): {before}") from None
 
 
 def keep_best(out_dir):
     """Makes best.pt what ckpt.pt is now."""
     last, best = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "best.pt")
+    if os.path.exists(best + ".tmp"):
+        os.remove(best + ".tmp")
     try:
         os.link(last, best + ".tmp")  # no second copy: ckpt.pt will be replaced, not written to
     except OSError:
@@ -284,10 +305,18 @@ def keep_best(out_dir):
     os.replace(best + ".tmp", best)
 
 
+def load_optimizer(optimizer, state):
+    """Takes over the moments, and keeps the settings of now."""
+    settings_of_now = [{name: group[name] for name in ("weight_decay", "betas", "fused")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, now in zip(optimizer.param_groups, settings_of_now):
+        group.update(now)
+
+
 def go_on_command():
     arguments = [arg for arg in sys.argv[1:] if not arg.startswith(("--init_from", "--overwrite"))]
-    program = "torchrun ... train.py" if "WORLD_SIZE" in os.environ else "python train.py"
-    return f"go on with: {' '.join([program, *arguments, '--init_from=resume'])}"
+    launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if "LOCAL_WORLD_SIZE" in os.environ else ["python"]
+    return f"go on with: {shlex.join([*launcher, 'train.py', *arguments, '--init_from=resume'])}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,13 +328,17 @@ class Log:
     def __init__(self, config, machine, step):
         self.path, self.on = os.path.join(config.out_dir, "log.jsonl"), machine.rank == 0
         self.picture = os.path.join(config.out_dir, "loss.png")
-        self.entries = []
-        if self.on and step > 0 and os.path.exists(self.path):  # what was logged before the checkpoint
-            with open(self.path, encoding="utf-8") as file:
-                self.entries = [e for e in map(json.loads, file) if e["step"] <= step]
+        self.entries = self.read(step) if self.on and step > 0 and os.path.exists(self.path) else []
         if self.on:
-            with open(self.path, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(e) + "\n" for e in self.entries)
+            with open(self.path + ".tmp", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
+            os.replace(self.path + ".tmp", self.path)
+
+    def read(self, step):
+        """What was logged up to a step; a line that a crash cut short is none."""
+        with open(self.path, encoding="utf-8") as file:
+            lines = [line for line in file if line.endswith("}\n")]
+        return [entry for entry in map(json.loads, lines) if entry["step"] <= step]
 
     def write(self, line=None, **entry):
         if self.on:
@@ -364,7 +397,7 @@ def check_start(config, machine):
             raise config.error(f"yarn_scale={config.yarn_scale} extends a trained model: name it with --init_from=")
         if config.meta_attention and config.meta_rate == 0:
             raise config.error(f"meta_attention={config.meta_attention} needs meta-tokens, but meta_rate={config.meta_rate}")
-        new_model_config(config)  # raises ValueError
+        new_model_config(config, text_vocab_size=50257)
     if config.gradient_accumulation_steps % machine.world:
         raise config.error(f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not divisible by the "
                            f"{machine.world} processes")
@@ -376,44 +409,60 @@ def check_start(config, machine):
 
 def open_data(config, machine):
     """The manifest of the data, checked; the embedded corpus is prepared on the way."""
+    manifest = problem = None
     if machine.rank == 0:
-        if config.source == "stdlib" and not os.path.exists(os.path.join(prepare.folder_of(config), "manifest.json")):
-            prepare.prepare(config)
-        manifest = prepare.read_manifest(config)
-        prepare.check_fit(config, manifest)
-        if sum(shard["bytes"] for split in manifest["splits"].values() for shard in split["shards"]) < 1e9:
-            prepare.verify(config, manifest)
-    machine.barrier()
-    return prepare.read_manifest(config)
+        try:
+            if config.source == "stdlib" and not os.path.exists(os.path.join(prepare.folder_of(config), "manifest.json")):
+                prepare.prepare(config)
+            manifest = prepare.read_manifest(config)
+            prepare.check_fit(config, manifest)
+            if sum(shard["bytes"] for split in manifest["splits"].values() for shard in split["shards"]) < 1e9:
+                prepare.verify(config, manifest)
+        except SystemExit as e:
+            problem = str(e)
+    manifest, problem = machine.from_first((manifest, problem))
+    if problem:
+        raise SystemExit(problem if machine.rank == 0 else 1)
+    return manifest
+
+
+def open_model(config, manifest, trained):
+    """The model to train: the trained one, with meta-tokens added if only the data have them, or a new one."""
+    if trained is None:
+        return GPT(new_model_config(config, manifest["text_vocab_size"]))
+    if trained.config.meta_id is None and config.meta_rate > 0:
+        return trained.with_meta_tokens(manifest["meta_id"], config.meta_attention)
+    if trained.config.meta_id is None and config.meta_attention and config.given("meta_attention"):
+        raise config.error(f"meta_attention={config.meta_attention} needs meta-tokens, but meta_rate={config.meta_rate}")
+    return trained
 
 
 def train(config):
     machine = Machine(config)
+    torch.manual_seed(config.seed)
     if config.init_from == "resume":
         resume_settings(config)
     check_start(config, machine)
-    raw_model, checkpoint = (None, None) if config.init_from == "scratch" else load_trained(config)
+    from_scratch = config.init_from == "scratch" and not config.eval_only
+    trained, checkpoint = (None, None) if from_scratch else load_trained(config)
     manifest = open_data(config, machine)
     train_blocks, val_blocks = (Blocks(config, manifest, split) for split in ("train", "val"))
     n_meta = manifest["meta_per_block"]
-    if raw_model is None:
-        torch.manual_seed(config.seed)
-        raw_model = GPT(new_model_config(config, manifest["vocab_size"]))
-    elif n_meta and raw_model.config.meta_id is None:
-        raw_model = raw_model.with_meta_tokens(manifest["meta_id"], config.meta_attention)
-    raw_model.to(machine.device)
+
+    raw_model = open_model(config, manifest, trained).to(machine.device)
     optimizer = raw_model.configure_optimizer(config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
     scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
     step, best, minutes_before = 0, math.inf, 0.0
     if config.init_from == "resume":
         step, best, minutes_before = checkpoint["step"], checkpoint["best_val_loss"], checkpoint["minutes"]
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-    del checkpoint
+        load_optimizer(optimizer, checkpoint["optimizer"])
+        if scaler.is_enabled() and checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
+    del checkpoint, trained
     model = torch.compile(raw_model) if machine.compile else raw_model
     if machine.world > 1:
         model = DistributedDataParallel(model, device_ids=[machine.device.index] if machine.type == "cuda" else None,
-                                        find_unused_parameters=raw_model.config.meta_attention and n_meta == 0)
+                                        broadcast_buffers=False, find_unused_parameters=raw_model.config.meta_attention and n_meta == 0)
 
     own_micro_batches = config.gradient_accumulation_steps // machine.world
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
@@ -441,10 +490,12 @@ def train(config):
                 "scaler": scaler.state_dict(), "settings": asdict(config), "step": step, "best_val_loss": best, "minutes": minutes})
 
     def check_finite(loss):
-        if not math.isfinite(loss):
+        broken = not math.isfinite(norm) and not scaler.is_enabled()  # the scaler skips such steps
+        if not math.isfinite(loss) or broken:
             last = os.path.join(config.out_dir, "ckpt.pt")
             good = f"the last good checkpoint is {last}" if os.path.exists(last) else "no checkpoint was saved before"
-            raise SystemExit(f"error: the loss is {loss} at step {step}, learning rate {lr:.2e}: {good}; try a lower --learning_rate")
+            raise SystemExit(f"error: the loss is {loss}, the gradient's norm {norm} at step {step}, learning rate {lr:.2e}: {good}; "
+                             "try a lower --learning_rate")
 
     stop = False
 
@@ -453,9 +504,7 @@ def train(config):
         stop = True
         signal.signal(number, signal.SIG_DFL)  # the second time is final
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
-
+    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     batches = prefetched(micro_batches(train_blocks, config, machine, step), machine.device)
     started = logged = time.monotonic()
     loss_sum, norm, lr = torch.zeros((), device=machine.device), 0.0, 0.0
@@ -463,12 +512,12 @@ def train(config):
     while True:
         minutes = minutes_before + (time.monotonic() - started) / 60
         if machine.world > 1:  # all processes stop at the same step, and go by the same clock
-            stop, minutes = machine.sum([stop, minutes], dist.ReduceOp.MAX)
+            stop, minutes = machine.all_reduce([stop, minutes], dist.ReduceOp.MAX)
         done = step >= config.max_iters or (config.max_minutes and minutes >= config.max_minutes)
 
         if step > logged_step and (step % config.log_interval == 0 or step % config.eval_interval == 0 or done or stop):
             steps = step - logged_step
-            [loss] = machine.sum([loss_sum.item() / steps / machine.world])
+            [loss], norm = machine.all_reduce([loss_sum.item() / steps / machine.world]), float(norm)
             check_finite(loss)
             now = time.monotonic()
             speed = steps * tokens_per_step / (now - logged)
@@ -478,8 +527,8 @@ def train(config):
             mfu = speed * flops_per_token / peak if peak else None
             log.write(f"step {step:>{len(str(config.max_iters))}}/{config.max_iters} | loss {loss:.4f} | {speed:,.0f} tokens/s"
                       + (f" | MFU {100 * mfu:.1f}%" if mfu else "") + f" | lr {lr:.2e} | ETA {duration(max(left, 0))}",
-                      step=step, text_tokens=step * text_per_step, loss=loss, lr=lr, grad_norm=float(norm), tokens_per_s=speed,
-                      mfu=mfu, minutes=minutes)
+                      step=step, text_tokens=step * text_per_step, loss=loss, lr=lr, tokens_per_s=speed, mfu=mfu,
+                      grad_norm=norm if math.isfinite(norm) else None, minutes=minutes)
             logged, logged_step = now, step
             loss_sum.zero_()
 
@@ -524,12 +573,14 @@ def train(config):
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if machine.rank == 0 and not stop:
         print(f"\n{config.out_dir}: ckpt.pt, best.pt ({best:.4f}), log.jsonl, loss.png. A sample:\n")
         encoding = prepare.get_tokenizer(config.tokenizer)
         prompt = torch.tensor([[encoding.eot_token]], device=machine.device)
         raw_model.eval()
-        tokens = raw_model.generate(prompt, 300, temperature=0.8, meta_rate=config.meta_rate, seed=config.seed)
+        tokens = raw_model.generate(prompt, 200, temperature=0.8, meta_rate=config.meta_rate, seed=config.seed)
         print(prepare.decode(encoding, tokens[0].tolist()))
 
 
@@ -537,8 +588,10 @@ def main(argv=None):
     config = settings.load(argv)
     try:
         train(config)
-    except ValueError as e:
-        raise config.error(e) from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted") from None
+    except OSError as e:
+        raise SystemExit(f"error: {e.filename or config.out_dir}: {e.strerror}") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

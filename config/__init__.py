@@ -69,7 +69,7 @@ class Config:
     # Machine
     device: str = "auto"                # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
     dtype: str = "auto"                 # 'float32', 'bfloat16', 'float16'; auto: bfloat16 where the device is fast at it
-    compile: str = "auto"               # torch.compile: True or False; auto: on CUDA only
+    compile: str = "auto"               # torch.compile: true or false; auto: on CUDA only
 
     # Sampling
     start: str = ""                     # prompt; 'FILE:prompt.txt' reads a file, '-' standard input; empty: a start of our own
@@ -92,7 +92,7 @@ class Config:
 
     def error(self, message):
         """One line for people: the message, and where each setting it mentions (as `name=`) was set."""
-        names = [n for n in dict.fromkeys(re.findall(r"(\w+)=", str(message))) if n in SETTINGS]
+        names = [n for n in dict.fromkeys(re.findall(r"(?<![-\w])(\w+)=", str(message))) if n in SETTINGS]
         where = ", ".join(f"{n}: {self.origin.get(n, 'default')}" for n in names)
         return SystemExit(f"error: {message}" + (f" ({where})" if where else ""))
 
@@ -104,7 +104,7 @@ CHOICES = {
     "meta_placement": ("random", "periodic"),
     "pos": ("rope", "absolute", "none"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "compile": ("auto", "True", "False"),
+    "compile": ("auto", "true", "false"),
 }
 POSITIVE = ("block_size", "n_layer", "n_head", "n_embd", "rope_base", "batch_size", "gradient_accumulation_steps",
             "log_interval", "eval_interval", "eval_iters", "num_samples", "max_new_tokens")
@@ -126,7 +126,8 @@ def load(argv=None):
             read_file(config, arg)
             continue
         name, equals, text = arg[2:].partition("=")
-        assign(config, name, text if equals else True, "command line")
+        flag = "true" if name == "compile" else True
+        assign(config, name, text if equals else flag, "command line")
     check(config)
     return config
 
@@ -173,7 +174,10 @@ def assign(config, name, value, where):
     try:
         setattr(config, name, convert(value, SETTINGS[name], from_text=where == "command line"))
     except ValueError:
-        raise SystemExit(f"error: {where}: {name}={value}: expected {KINDS[SETTINGS[name]]}") from None
+        hint = f" (write --{name}=...)" if value is True else ""
+        raise SystemExit(f"error: {where}: {name}={value}: expected {KINDS[SETTINGS[name]]}{hint}") from None
+    if name == "compile":
+        config.compile = config.compile.lower()
     config.origin[name] = where
 
 

@@ -1,6 +1,6 @@
 """The paper's model: GPT-2 with meta-tokens, meta-attention and RoPE, 152M parameters, 98B tokens of C4.
 
-These are the defaults, written out. Eight GPUs: 12 sequences x 5 micro-batches x 8.
+These are the defaults, written out, and a limit to what is prepared. Eight GPUs: 12 sequences x 5 micro-batches x 8.
 """
 dataset = "c4_meta"
 source = "allenai/c4:en"
