@@ -130,13 +130,13 @@ class CausalSelfAttention(nn.Module):
 @dataclass
 class MetaTokens:
     """Where the meta-tokens of a batch are: what meta-attention needs to know."""
-    index: torch.Tensor   # (B, M, 1), int64: position in the sequence, ascending; padded at the end with 0
-    padding: torch.Tensor  # (B, M, 1), bool: rows of sequences with fewer than M meta-tokens
-    rope: tuple | None    # (cos, sin) at these positions, each (B, 1, M, hs/2)
+    index: torch.Tensor    # (B, M, 1), int64: position in the sequence, ascending; padded at the end with 0
+    padding: torch.Tensor  # (B, M, 1), bool: True at the end of sequences with fewer than M meta-tokens
+    rope: tuple | None     # (cos, sin) at these positions, each (B, 1, M, hs/2)
 
 
 class MetaAttention(CausalSelfAttention):
-    """softmax(Q K^T / sqrt(d_k) + M + P) V, where P[i, j] = 0 if i and j are meta-tokens, else -inf (paper, section 2).
+    """softmax(Q K^T / sqrt(d_k) + M + P) V, where P[i, j] = 0 if i and j are meta-tokens, else -inf (paper, section 3).
 
     Among the meta-tokens alone, in their order, M + P is the causal mask. A text token's row is all -inf: it gets
     exactly nothing. Padding stands behind every real row, so that causality hides it.
@@ -306,7 +306,7 @@ class GPT(nn.Module):
         return None, F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
 
     def _rope_tables(self, positions, is_meta):
-        """cos and sin, (T, hs/2); or (B, 1, T, hs/2) when meta-tokens are turned by no angle ("No Pos")."""
+        """cos and sin, (T, hs/2); or (B, 1, T, hs/2) when meta-tokens are turned by no angle ("No Pos", section 4)."""
         angles = positions.unsqueeze(-1) * self.inv_freq                             # (T, hs/2), float32
         if self.config.zero_meta_pos and is_meta is not None:
             angles = angles * ~is_meta[:, None, :, None]
@@ -319,8 +319,9 @@ class GPT(nn.Module):
         if M == 0:
             return None
         count = is_meta.cumsum(1)                                                    # (B, T)
-        slot = torch.where(is_meta, count - 1, M)                                    # text goes to slot M, cut off below
-        index = slot.new_zeros(B, M + 1).scatter_(1, slot.clamp(max=M), torch.arange(T, device=slot.device).expand(B, T))[:, :M]
+        slot = torch.where(is_meta, count - 1, M).clamp(max=M)                       # text goes to slot M, cut off below
+        positions = torch.arange(T, device=slot.device).expand(B, T)
+        index = slot.new_zeros(B, M + 1).scatter_(1, slot, positions)[:, :M]         # (B, M)
         padding = torch.arange(M, device=slot.device) >= count[:, -1:]               # (B, M)
         if rope is not None:
             rope = tuple(t.expand(B, 1, -1, -1).gather(2, index[:, None, :, None].expand(-1, 1, -1, t.size(-1))) for t in rope)
