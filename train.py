@@ -459,10 +459,10 @@ def train(config):
         if scaler.is_enabled() and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
     del checkpoint, trained
-    model = torch.compile(raw_model) if machine.compile else raw_model
+    local_model = model = torch.compile(raw_model) if machine.compile else raw_model
     if machine.world > 1:
-        model = DistributedDataParallel(model, device_ids=[machine.device.index] if machine.type == "cuda" else None,
-                                        broadcast_buffers=False, find_unused_parameters=raw_model.config.meta_attention and n_meta == 0)
+        model = DistributedDataParallel(local_model, device_ids=[machine.device.index] if machine.type == "cuda" else None,
+                                        find_unused_parameters=raw_model.config.meta_attention and n_meta == 0)
 
     own_micro_batches = config.gradient_accumulation_steps // machine.world
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
@@ -470,7 +470,7 @@ def train(config):
     flops_per_token, peak = raw_model.flops_per_token(config.block_size, n_meta), machine.peak_flops()
 
     if config.eval_only:
-        loss = evaluate(model, val_blocks, config, machine)
+        loss = evaluate(local_model, val_blocks, config, machine)
         if machine.rank == 0:
             print(f"validation {loss:.4f} nats per text token")
         return
@@ -538,7 +538,7 @@ def train(config):
             break
         if done or (step % config.eval_interval == 0 and (step > first_step or step == 0)):
             before = time.monotonic()
-            val_loss = evaluate(model, val_blocks, config, machine)
+            val_loss = evaluate(local_model, val_blocks, config, machine)
             check_finite(val_loss)
             improved, best = val_loss < best, min(val_loss, best)
             if step > first_step or config.init_from != "resume":
