@@ -109,6 +109,8 @@ def inject(text, places, meta_id):
 # ends says that the document does
 
 class Source:
+    """What config.source names: self.files, or a data set on the hub if there are none; its size, if known, and version."""
+
     def __init__(self, config):
         self.config, self.bytes, self.version = config, None, None
         if config.source == "stdlib":

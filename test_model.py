@@ -717,6 +717,14 @@ def test_a_run_writes_checkpoints_a_log_and_a_picture(prepared, capsys):
     assert model.config.vocab_size == pad_vocab(258) and model.config.text_vocab_size == 257
 
 
+def test_a_run_in_bfloat16_keeps_float32_weights_and_learns(prepared, capsys):
+    train.train(settings.load([*SMALL, "--dtype=bfloat16"]))
+    assert all(p.dtype == torch.float32 for p in weights_of("out").values())
+    losses = [json.loads(line).get("val_loss") for line in open("out/log.jsonl")]
+    assert losses[-1] < losses[1] - 0.3
+    sample.main(["--device=cpu", "--dtype=bfloat16", "--max_new_tokens=5"])
+
+
 def weights_of(folder):
     return load_checkpoint(folder)["model"]
 
@@ -1042,7 +1050,7 @@ def test_bad_checkpoints_are_refused_in_one_line(prepared):
     assert "n_layer=5, but the checkpoint has 2" in refusal(train.main, [*SMALL, "--n_layer=5", "--init_from=resume"])
     assert "tokenizer=gpt2, but the checkpoint reads bytes" in refused("--tokenizer=gpt2")
     for name, data in {"truncated": content[:len(content) // 2], "text": b"hello", "byte": b"\x80",
-                       "malicious": pickle.dumps(Malicious())}.items():
+                       "malicious": pickle.dumps(Malicious(), protocol=2)}.items():
         open(f"{name}.pt", "wb").write(data)
         assert f"{name}.pt is" in refused(f"--init_from={name}.pt")
     assert not os.path.exists("was_run")
