@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import sysconfig
@@ -141,27 +142,28 @@ class Source:
 
 
 def files_below(root, endings):
-    """(key, path) of the files in a folder: the key is the path below it, with slashes, and orders them."""
-    found = []
-    for folder, _, names in os.walk(root):
-        for name in names:
-            if name.endswith(endings):
-                path = os.path.join(folder, name)
-                found.append((os.path.relpath(path, root).replace(os.sep, "/"), path))
-    return sorted(found)
+    """(key, path) of the files in a folder, in the order of their keys."""
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names if name.endswith(endings)]
+    return sorted((key_of(path, root), path) for path in paths)
+
+
+def key_of(path, root):
+    """A document's name wherever the corpus lies: its path below the root, with slashes."""
+    return os.path.relpath(path, root).replace(os.sep, "/")
 
 
 def local_files(config):
     """(key, path) of the files that config.source names; none if it is a data set on the hub."""
     files = []
     for pattern in filter(None, config.source.split(",")):
-        found = []
-        for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)):
-            if os.path.isdir(path):
-                found += files_below(path, PLAIN + ROWS)
-            elif path.endswith(PLAIN + ROWS):
-                found.append((os.path.basename(path), path))
-        is_a_path = os.path.exists(pattern) or pattern.startswith((".", "/", "~")) or glob.has_magic(pattern)
+        pattern, found = os.path.expanduser(pattern), []
+        root = pattern if os.path.isdir(pattern) else os.path.dirname(re.split(r"[*?[]", pattern)[0]) or "."
+        for path in sorted(glob.glob(pattern, recursive=True)):
+            if os.path.isdir(path) and "**" not in pattern:
+                found += [(key_of(inner, root), inner) for _, inner in files_below(path, PLAIN + ROWS)]
+            elif os.path.isfile(path) and path.endswith(PLAIN + ROWS):
+                found.append((key_of(path, root), path))
+        is_a_path = os.path.exists(pattern) or pattern.startswith((".", "/")) or glob.has_magic(pattern)
         if not found and (is_a_path or files or pattern.endswith(PLAIN + ROWS)):
             raise config.error(f"source={pattern}: no such file, or nothing that ends in {', '.join(PLAIN + ROWS)}")
         files += found

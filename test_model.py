@@ -583,6 +583,13 @@ def test_all_formats_hold_the_same_documents(workplace):
     assert [text for _, text, _ in prepare.hub_pieces(config, None, 110)] == TEXTS[110:]
 
 
+def test_a_glob_names_documents_by_their_path_below_it(workplace):
+    by_folder = prepare.Source(configure("--source=texts")).files
+    assert len({key for key, _ in by_folder}) == len(TEXTS)
+    for source in ("texts/**/*.txt", "texts/*", "texts/[0-9]*.txt,texts/*/*.txt"):
+        assert sorted(prepare.Source(configure(f"--source={source}")).files) == by_folder
+
+
 @pytest.mark.parametrize("text", ["".join(TEXTS) + "\n\n\n  x\ny\n \n\nz it's", "A line of words,\r\n\r\nand 3  more.\r\n" * 90,
                                   "one line " * 900], ids=["text", "CRLF", "line"])
 def test_a_long_text_is_cut_where_bpe_cuts(workplace, text):
