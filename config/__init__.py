@@ -81,6 +81,26 @@ class Config:
     stream: bool = False                # print tokens as they come
     show_meta: bool = False             # print meta-tokens as <|meta|>
 
+    # Synthetic tasks
+    task: str = "list_recall"           # 'list_recall', 'segment_counting', 'parity', 'copying', or 'all' of them in turn
+    placement: str = "task"             # marks at what is asked for ('task', the paper's), at all there is to ask, 'random', or 'none'
+    marker: str = "meta"                # the mark: the meta-token, a 'fresh' token unknown to pre-training, '#' ('text'), or 'none'
+    add_meta: bool = False              # give a checkpoint without meta-tokens some, and meta-attention that starts at zero
+    train_length: int = 1024            # longest examples of fine-tuning, in tokens; the curriculum is 64, 128, ... up to it
+    eval_lengths: str = "128,256,512,1024,2048"  # lengths to measure at: examples of up to so many tokens, and over half as many
+    rows: str = "all"                   # full, no_pos, no_pos_meta, no_embed, no_meta_attention, no_meta (comma-separated), or 'all'
+    label: str = ""                     # name of the model in results and figures; empty: from init_from and marker
+    phase_steps: int = 1125             # optimiser steps in each phase of the curriculum: 5 x 1125 x 16 = 90,000 examples
+    task_batch_size: int = 16           # examples in a step
+    task_lr: float = 0.0                # peak learning rate of fine-tuning; 0: the best of three on validation examples
+    task_warmup: int = 100              # steps of linear warm-up, a tenth of the run at most
+    trial_steps: int = 300              # steps of each of the three trials
+    val_interval: int = 250             # steps between validations, each with a checkpoint
+    val_examples: int = 256             # validation examples, of train_length
+    test_examples: int = 2000           # test examples at each evaluation length: 5 x 2000 = 10,000
+    stop_solved: bool = False           # stop as soon as validation is solved; False: equal steps for all models
+    plot: bool = False                  # draw and tabulate the results named behind it
+
     # Benchmark
     what: str = "all"                   # 'training', 'meta', 'generation', 'preparation', several of them (comma-separated), or 'all'
 
@@ -102,14 +122,18 @@ KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "
 CHOICES = {
     "tokenizer": ("gpt2", "bytes"),
     "meta_placement": ("random", "periodic"),
+    "task": ("list_recall", "segment_counting", "parity", "copying", "all"),
+    "placement": ("task", "all", "random", "none"),
+    "marker": ("meta", "fresh", "text", "none"),
     "pos": ("rope", "absolute", "none"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "compile": ("auto", "true", "false"),
 }
 POSITIVE = ("block_size", "n_layer", "n_head", "n_embd", "rope_base", "batch_size", "gradient_accumulation_steps",
-            "log_interval", "eval_interval", "eval_iters", "num_samples", "max_new_tokens")
+            "log_interval", "eval_interval", "eval_iters", "num_samples", "max_new_tokens", "train_length", "phase_steps",
+            "task_batch_size", "trial_steps", "val_interval", "val_examples", "test_examples")
 NOT_NEGATIVE = ("max_tokens", "workers", "max_iters", "max_minutes", "learning_rate", "min_lr", "warmup_iters",
-                "lr_decay_iters", "weight_decay", "grad_clip", "temperature", "top_k", "seed")
+                "lr_decay_iters", "weight_decay", "grad_clip", "temperature", "top_k", "seed", "task_lr", "task_warmup")
 
 
 def load(argv=None):

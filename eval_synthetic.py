@@ -1,0 +1,746 @@
+"""Fine-tunes a trained model on a recall task and measures what its meta-tokens do there (paper, section 4, appendix D).
+
+    python eval_synthetic.py config/quickstart.py --init_from=out --task=list_recall --train_length=256 --eval_lengths=128,256,512
+    python eval_synthetic.py config/quickstart.py --init_from=out --task=all
+    python eval_synthetic.py --plot results/*.json             # accuracy over length, a table, paired differences
+
+The same text comes with marks of four kinds (the meta-token, a fresh token, an ordinary one, none) at places that tell the
+answer's (as in the paper) or say nothing about it: whatever differs between two runs is the model or the mark. Writes
+results/<name>.json, and the fine-tuned model to out_dir. The same command goes on after a kill, and takes the same steps.
+"""
+import copy
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import config as settings
+import prepare
+import train
+from model import GPT, load_checkpoint
+
+FORMAT = "synthetic tasks 1"
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)  # tried for every model alike
+FIRST_PHASE = 64                     # tokens; every further phase of the curriculum is twice as long
+BUCKET = 64                          # batches are padded to multiples of it: few shapes to compile
+EVAL_TOKENS = 16384                  # positions in a batch of evaluation: their logits take the memory
+GENERATED = 256                      # examples that are also generated freely
+SOLVED = 0.99                        # exact match on validation at which stop_solved stops
+TEST_SEED = 0                        # of validation and test: the same examples for every run, so that runs can be compared
+SPLITS = ("train", "validation", "test")
+ROWS = ("full", "no_pos", "no_pos_meta", "no_embed", "no_meta_attention", "no_meta")
+MARK = "\0"                          # where a mark may stand, in the templates below
+
+# Common words of three letters: each a single token of GPT-2's BPE behind a space, and four bytes, so that the length of a
+# text follows from its number of words
+WORDS = re.findall(r"\w+", """
+act age aid aim air ale ape arc arm art ash axe bad bag bar bat bay bed bee bet big bin bit bow box boy bud bug bus buy cab can cap car
+cat cop cow cry cub cup cut dad dam day den dig dim dip dog dot dry due dug dye ear eat egg elf end eye fan far fat fax few fig fin fit
+fix fly fog fox fry fun fur gap gas gem gum gut guy gym hat hay hen hip hit hop hot hub hut ice ink inn jam jar jaw jet job joy jug kid
+kin kit lab lad lap law leg lid lip log lot low mad man map mat mix mob mud mug nap net new nut oak odd oil old one orb ore owl own pad
+pan paw pay pen pet pie pig pin pit pod pop pot raw ray red rib rim rod row rug run sad sap saw sea set shy sip sit six ski sky son soy
+spy sub sum sun tab tag tan tap tar tax tea ten tie tin tip toe ton top toy try tub tug two use van vet vow wax way web wet wig win wit
+yes zip zoo""")
+ITEMS = WORDS[::3]                                           # what lists and texts are made of
+NAMES = [word for i, word in enumerate(WORDS) if i % 3]      # what they are called
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tasks. A prompt is a number of units (lists, bit strings, texts) and a question about one of them. Each function
+# returns a unit, the question about it, the answer, and all the answers that the unit offers to who would guess.
+
+def mixed(rng, n, word, count):
+    """n items in random order: `word` count times, and others once each."""
+    others = [item for item in rng.choice(ITEMS, n - count + 1, replace=False).tolist() if item != word]
+    return rng.permutation(others[:n - count] + [word] * count).tolist()
+
+
+def list_recall(name, word, rng):
+    items = mixed(rng, rng.integers(2, 7), None, 0)
+    i = rng.integers(len(items))
+    return (f"List {name}: {', '.join(items)}.{MARK}\n", f"Question: item {i + 1} of list {name}? Answer:{MARK}", f" {items[i]}", items)
+
+
+def segment_counting(name, word, rng):
+    """The word stands in every list, inside the segment (0 to 4 times) and outside."""
+    count = rng.integers(5)
+    before, inside, after = (" ".join(mixed(rng, n, word, k)) for n, k in (
+        (rng.integers(1, 4), rng.integers(2)), (rng.integers(4, 9), count), (rng.integers(1, 4), rng.integers(2))))
+    return (f"List {name}: {before} [{MARK} {inside}{MARK} ] {after}.\n",
+            f"Question: how often is {word} in the segment of list {name}? Answer:", f" {count}", range(5))
+
+
+def parity(name, word, rng):
+    before, after = rng.integers(2, size=rng.integers(1, 9)), rng.integers(2, size=rng.integers(1, 5))
+    return (f"Bits {name}: {' '.join(map(str, before))} *{MARK} {' '.join(map(str, after))}.\n",
+            f"Question: parity of the bits before * in bits {name}? Answer:", f" {before.sum() % 2}", range(2))
+
+
+def copying(name, word, rng):
+    before, span, after = (" ".join(mixed(rng, n, None, 0)) for n in (rng.integers(1, 4), rng.integers(3, 7), rng.integers(1, 4)))
+    return (f"Text {name}: {before} [{MARK} {span}{MARK} ] {after}.\n", f"Question: what is in brackets in text {name}? Answer:",
+            f" {span}", [span])
+
+
+TASKS = {function.__name__: function for function in (list_recall, segment_counting, parity, copying)}
+
+
+@dataclass
+class Example:
+    tokens: np.ndarray  # ids of prompt and answer, marks in place
+    n_answer: int       # how many of them, at the end, are the answer
+    prompt: str         # the prompt without its marks
+    answer: str
+    chance: float       # probability that a guess among all answers that the prompt offers is right
+
+
+@cache
+def encode_piece(piece, encoding):
+    return encoding.encode_ordinary(piece)
+
+
+def encode(text, encoding):
+    """Ids of a text of our words, piece by piece as BPE splits it: from a table, the tokenizer itself would take much longer."""
+    return [token for piece in re.findall(r" ?\w+| ?[^\w\s]|\s", text) for token in encode_piece(piece, encoding)]
+
+
+def size(text, encoding):
+    """Tokens of a template with a mark wherever one may stand."""
+    return len(encode(text.replace(MARK, ""), encoding)) + text.count(MARK)
+
+
+@cache
+def smallest(task, encoding):
+    """Tokens of the longest prompt of one unit, and its answer: the length from which on all such examples fit."""
+    rng = np.random.default_rng(0)
+    return max(sum(size(text, encoding) for text in TASKS[task](NAMES[0], ITEMS[0], rng)[:3]) for _ in range(500))
+
+
+def filler(n, rng, encoding):
+    """A line of n tokens that says nothing."""
+    words, rest = divmod(n - size("Note:.\n", encoding), size(" cat", encoding))
+    if words < 1:
+        return "\n" * n
+    return f"Note: {' '.join(rng.choice(ITEMS, words).tolist())}.\n" + "\n" * rest
+
+
+def make_example(task, shortest, longest, placement, mark, rng, encoding):
+    """An Example of a length uniform in shortest..longest tokens, as drawn from rng (a numpy Generator).
+
+    mark is the id of the mark, or None for none. placement: 'task' marks what is asked for, as in the paper; 'all' marks
+    every list, bit string or span alike; 'random' puts as many marks as 'task' anywhere; 'none' none. Neither changes the
+    text: its length counts the marks of 'all', the most. What grows with the length is the number of units, and behind the
+    last name a line of filler; which unit is asked for, and what it holds, does not depend on it. E.g. with '#' for a mark:
+
+@EXAMPLE@
+    """
+    ask = TASKS[task]
+    names, word = iter(rng.permutation(NAMES).tolist()), str(rng.choice(ITEMS))
+    shortest = max(shortest, smallest(task, encoding))
+    room = int(rng.integers(shortest, longest + 1))
+    unit, question, answer, offers = ask(next(names), word, rng)
+    room -= sum(size(text, encoding) for text in (unit, question, answer))
+    others, offered = [], set(offers)
+    for name in names:
+        other, _, _, offers = ask(name, word, rng)
+        if size(other, encoding) > room:
+            break
+        room -= size(other, encoding)
+        others.append(other)
+        offered.update(offers)
+    others.insert(rng.integers(len(others) + 1), filler(room, rng, encoding))
+    at = rng.integers(len(others) + 1)
+
+    tokens, own, places = [], [], []  # places: where a mark may stand; own: those of what is asked for
+    for text in (*others[:at], unit, *others[at:], question):
+        for i, piece in enumerate(text.split(MARK)):
+            if i > 0:
+                places.append(len(tokens))
+            if i > 0 and text in (unit, question):
+                own.append(len(tokens))
+            tokens += encode(piece, encoding)
+    prompt = "".join((*others[:at], unit, *others[at:], question)).replace(MARK, "")
+    anywhere = np.sort(rng.permutation(len(tokens))[:len(own)] + 1)
+    tokens = np.array(tokens)
+    if mark is not None:
+        tokens = np.insert(tokens, {"task": own, "all": places, "random": anywhere, "none": []}[placement], mark)
+    answer_tokens = encode(answer, encoding)
+    return Example(np.append(tokens, answer_tokens), len(answer_tokens), prompt, answer, 1 / len(offered))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streams of examples
+
+@dataclass(frozen=True)
+class Stream:
+    """What examples depend on, apart from split, length and number."""
+    task: str
+    placement: str
+    mark: int | None
+    tokenizer: str
+    seed: int
+
+
+@cache
+def get_encoding(name):
+    return prepare.get_tokenizer(name)
+
+
+def split_of(prompt):
+    """Half of all prompts are for training, a quarter each for validation and test: by their text, so that none is in two."""
+    return ("train", "train", "validation", "test")[hashlib.blake2b(prompt.encode()).digest()[0] % 4]
+
+
+def draw(stream, split, length, number):
+    """Example `number` of a split, of up to `length` tokens and more than half as many. Validation and test are the same
+    for every seed."""
+    seed = [stream.seed if split == "train" else TEST_SEED, SPLITS.index(split), length, number]
+    for attempt in itertools.count():
+        example = make_example(stream.task, length // 2 + 1, length, stream.placement, stream.mark,
+                               np.random.default_rng([*seed, attempt]), get_encoding(stream.tokenizer))
+        if split_of(example.prompt) == split:
+            return example
+
+
+def draw_batch(job):
+    stream, split, length, numbers = job
+    return [draw(stream, split, length, number) for number in numbers]
+
+
+def draw_split(pool, stream, split, length, n):
+    jobs = [(stream, split, length, range(i, min(i + 32, n))) for i in range(0, n, 32)]
+    return [example for _, batch in prepare.ordered_map(pool, draw_batch, jobs, ahead=64) for example in batch]
+
+
+def collate(examples, longest):
+    """x and y, int64 (B, T): padded at the right, the targets -1 outside the answers. T is a multiple of BUCKET, or longest."""
+    T = min(-(-max(len(e.tokens) for e in examples) // BUCKET) * BUCKET, longest)
+    x, y = torch.zeros(len(examples), T, dtype=torch.long), torch.full((len(examples), T), -1)
+    for row, e in enumerate(examples):
+        n = len(e.tokens) - 1
+        x[row, :n] = torch.from_numpy(e.tokens[:-1])
+        y[row, n - e.n_answer:n] = torch.from_numpy(e.tokens[-e.n_answer:])
+    return x, y
+
+
+def count_meta(model, x):
+    """An upper bound on the meta-tokens of a row, in steps of 16: a host integer of few values."""
+    return 0 if model.config.meta_id is None else min(-(-int((x == model.config.meta_id).sum(1).max()) // 16) * 16, x.size(1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models and marks
+
+def open_model(config):
+    """(model, id of the mark, identity of the checkpoint), on the CPU. Raises SystemExit where they do not fit together."""
+    if config.origin.get("init_from") != "command line":
+        config.init_from = "resume"  # what the config's run has saved, not what it began with
+    model, checkpoint = train.load_trained(config)
+    encoding, kind = get_encoding(config.tokenizer), config.marker if config.placement != "none" else "none"
+    if config.add_meta:
+        if model.config.meta_id is not None:
+            raise config.error(f"add_meta={config.add_meta}, but the checkpoint has meta-tokens")
+        model = model.with_meta_tokens(encoding.n_vocab, config.meta_attention)
+    for name in ("marker", "zero_meta_pos", "zero_meta_embd"):
+        if model.config.meta_id is None and (kind == "meta" if name == "marker" else getattr(config, name)):
+            raise config.error(f"{name}={getattr(config, name)}, but the checkpoint has no meta-tokens: give it some by --add_meta, or "
+                               "choose another")
+    if kind == "fresh":
+        model = with_fresh_token(model, encoding.n_vocab + 1)
+    mark = {"meta": model.config.meta_id, "fresh": encoding.n_vocab + 1, "text": encoding.encode_ordinary("#")[0], "none": None}
+    digest = hashlib.sha256()
+    for name, p in model.state_dict().items():
+        digest.update(name.encode() + p.contiguous().numpy().tobytes())
+    path = config.out_dir if config.init_from in ("resume", "scratch") else config.init_from
+    identity = {"path": path, "step": checkpoint and checkpoint["step"], "seed": checkpoint and checkpoint["settings"]["seed"],
+                "sha256_of_weights": digest.hexdigest()}
+    return model, mark[kind], identity
+
+
+@torch.no_grad()
+def with_fresh_token(model, token):
+    """The model with an ordinary token that pre-training never saw, its embedding the mean of the text's."""
+    if token >= model.config.vocab_size:  # OpenAI's GPT-2 has no row to spare
+        model = model.with_meta_tokens(token, meta_attention=False)
+        model.config.meta_id = None
+    wte = model.transformer.wte.weight
+    wte[token] = wte[:model.config.text_vocab_size].mean(0)
+    return model
+
+
+def possible_rows(model, mark):
+    """Which of ROWS can be measured."""
+    c, rows = model.config, {"full"}
+    if mark is not None:
+        rows.add("no_meta")
+    if mark is not None and mark == c.meta_id:
+        rows |= {"no_embed"} | ({"no_pos"} if c.pos != "none" else set()) | ({"no_meta_attention"} if c.meta_attention else set())
+        rows |= {"no_pos_meta"} if c.pos == "rope" and c.meta_attention else set()
+    return [row for row in ROWS if row in rows]
+
+
+@contextmanager
+def ablated(model, row):
+    """The model as the row says, for a while."""
+    changes = {"no_pos": {"zero_meta_pos": True}, "no_embed": {"zero_meta_embd": True}, "no_meta_attention": {"meta_attention": False}}
+    before, hooks = model.config, []
+
+    def unturned(module, args):
+        x, norm, meta, cache = args
+        cos, sin = meta.rope
+        return x, norm, replace(meta, rope=(torch.full_like(cos, model.attention_scale), torch.zeros_like(sin))), cache
+
+    model.config = replace(before, **changes.get(row, {}))
+    if row == "no_pos_meta":  # angle 0 in meta-attention alone: there, between meta-tokens, exactly no position
+        hooks = [block.meta_attn.register_forward_pre_hook(unturned) for block in model.transformer.h]
+    try:
+        yield
+    finally:
+        model.config = before
+        for hook in hooks:
+            hook.remove()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measurement
+
+@torch.no_grad()
+def measure(model, examples, longest, machine):
+    """Teacher-forced: given the right answer up to there, is each of its tokens the likeliest of the text's?
+
+    Returns (correct, token_accuracy, loss): bool (n,), exact match of each example; share of the answer tokens; nats each.
+    """
+    model.eval()
+    correct, hits, count, loss = np.zeros(len(examples), dtype=bool), 0, 0, 0.0
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
+    batch_size = max(EVAL_TOKENS // longest, 1)
+    for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
+        x, y = collate([examples[i] for i in batch], longest)
+        with machine.autocast():
+            logits = model(x.to(machine.device), n_meta=count_meta(model, x))[0]
+        y = y.to(machine.device)
+        logits, answer = logits[y >= 0][:, :model.config.text_vocab_size].float(), y[y >= 0]
+        hit = torch.ones_like(y, dtype=torch.bool)
+        hit[y >= 0] = logits.argmax(-1) == answer
+        correct[batch] = hit.all(1).cpu().numpy()
+        hits, count = hits + hit[y >= 0].sum().item(), count + len(answer)
+        loss += F.cross_entropy(logits, answer, reduction="sum").item()
+    model.train()
+    return correct, hits / count, loss / count
+
+
+@torch.no_grad()
+def measure_generation(model, examples, machine):
+    """Exact match, bool (n,), of what greedy generation with the KV cache begins with."""
+    model.eval()
+    correct, before = np.zeros(len(examples), dtype=bool), model.config
+
+    def length_of_prompt(i):
+        return len(examples[i].tokens) - examples[i].n_answer
+    for n_prompt, group in itertools.groupby(sorted(range(len(examples)), key=length_of_prompt), length_of_prompt):
+        group = list(group)  # prompts of one length, so that none needs padding
+        longest = max(examples[i].n_answer for i in group)
+        prompts = torch.from_numpy(np.stack([examples[i].tokens[:n_prompt] for i in group])).to(machine.device)
+        if before.pos != "absolute":  # a window of this length, the positions as they were
+            model.config = replace(before, block_size=max(n_prompt + longest, before.block_size))
+        with machine.autocast():
+            tokens = model.generate(prompts, longest, temperature=0)[:, n_prompt:].cpu().numpy()
+        for i, row in zip(group, tokens):
+            correct[i] = np.array_equal(row[:examples[i].n_answer], examples[i].tokens[n_prompt:])
+    model.config = before
+    model.train()
+    return correct
+
+
+def wilson(hits, n):
+    """95% interval of a share (Wilson 1927)."""
+    z, p = 1.96, hits / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max((middle - half) / (1 + z * z / n), 0.0), min((middle + half) / (1 + z * z / n), 1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fine-tuning
+
+def lengths_of(config):
+    """eval_lengths as a list of numbers. Raises SystemExit."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", config.eval_lengths):
+        raise config.error(f"eval_lengths={config.eval_lengths}: expected lengths in tokens, such as 128,256,512")
+    return [int(length) for length in config.eval_lengths.split(",")]
+
+
+def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
+    """Trains the model on the answers of one curriculum; with `save` it saves as it goes, to be called again with that state.
+
+    Returns the history of validation at the training length: [{step, minutes, phase, exact, token_accuracy, loss, train_loss}].
+    Raises SystemExit when it was asked to stop (SIGINT, SIGTERM), or the loss is no longer finite.
+    """
+    config, machine, device = run.config, run.machine, run.machine.device
+    schedule = replace(config, learning_rate=lr, min_lr=lr / 10, warmup_iters=min(config.task_warmup, steps // 10), max_iters=steps,
+                       lr_decay_iters=0, max_minutes=minutes)
+    optimizer = model.configure_optimizer(lr, config.weight_decay, (config.beta1, config.beta2))
+    scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
+    step, minutes_before, history, loss_sum, summed = 0, 0.0, [], torch.zeros((), device=device), 0
+    if state:
+        step, minutes_before, history, summed = state["step"], state["minutes"], state["history"], state["summed"]
+        loss_sum += state["loss_sum"]
+        train.load_optimizer(optimizer, state["optimizer"])
+        if scaler.is_enabled():
+            scaler.load_state_dict(state["scaler"])
+    forward = torch.compile(model, dynamic=True) if machine.compile else model
+    started, stop, B = time.monotonic(), False, config.task_batch_size
+    first_step = step
+
+    def clock():
+        return minutes_before + (time.monotonic() - started) / 60
+
+    def phase(step):
+        progress = max(step / steps, clock() / minutes if minutes else 0)
+        return run.phases[min(int(progress * len(run.phases)), len(run.phases) - 1)]
+
+    def save_state():
+        train.save(run.checkpoint, {
+            "model": model.state_dict(), "model_config": asdict(model.config), "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(), "settings": asdict(config), "step": step, "minutes": clock(), "history": history,
+            "loss_sum": loss_sum.item(), "summed": summed, "run": run.identity, "lr": run.lr, "finished": bool(done)})
+
+    def ask_to_stop(number, frame):
+        nonlocal stop
+        stop = True
+        signal.signal(number, signal.SIG_DFL)  # the second time is final
+
+    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    jobs = ((run.stream, "train", phase(s), range(s * B, (s + 1) * B)) for s in itertools.count(step))
+    batches = prepare.ordered_map(run.pool, draw_batch, jobs, ahead=8)  # drawn by other processes meanwhile
+    model.train()
+    while True:
+        done = step >= steps or (minutes and clock() >= minutes)
+        if (done or (save and step > 0 and step % config.val_interval == 0)) and not (history and history[-1]["step"] == step):
+            correct, token_accuracy, loss = measure(model, run.validation, config.train_length, machine)
+            if not math.isfinite(loss):
+                raise SystemExit(f"error: the loss is {loss} at step {step}: try a lower --task_lr")
+            history.append({"step": step, "minutes": clock(), "phase": phase(max(step - 1, 0)), "exact": float(correct.mean()),
+                            "token_accuracy": token_accuracy, "loss": loss, "train_loss": loss_sum.item() / max(summed, 1)})
+            loss_sum, summed = torch.zeros_like(loss_sum), 0
+            done = done or (config.stop_solved and save and history[-1]["phase"] == run.phases[-1] and history[-1]["exact"] >= SOLVED)
+            print(f"step {step}: validation at {config.train_length}: exact {100 * correct.mean():.1f}%, "
+                  f"tokens {100 * token_accuracy:.1f}%, loss {loss:.3f}", flush=True)
+            if save:
+                save_state()
+        if stop and not done:
+            if save:
+                save_state()
+            raise SystemExit(f"stopped at step {step}; the same command goes on from " + ("there" if save else "the beginning"))
+        if done:
+            break
+        _, examples = next(batches)
+        x, y = collate(examples, run.phases[-1])
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(schedule, step, clock())
+        if config.dropout > 0:
+            torch.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
+        n_meta = count_meta(model, x)
+        with machine.autocast():
+            loss = forward(x.to(device, non_blocking=True), y.to(device, non_blocking=True), n_meta=n_meta)[1]
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        loss_sum, summed, step = loss_sum + loss.detach(), summed + 1, step + 1
+        if step % config.log_interval == 0:
+            left = (time.monotonic() - started) / (step - first_step) * (steps - step)
+            left = min(left, 60 * (minutes - clock())) if minutes else left
+            print(f"step {step:>{len(str(steps))}}/{steps} | length {phase(step - 1)} | loss {loss_sum.item() / summed:.4f} | "
+                  f"ETA {train.duration(max(left, 0))}", flush=True)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return history
+
+
+class Run:
+    """One task for one model: where it reads and writes, and what it depends on. Raises SystemExit for what cannot be run."""
+
+    def __init__(self, config, pool, machine):
+        self.config, self.pool, self.machine = config, pool, machine
+        self.model, mark, self.pretrained = open_model(config)
+        encoding = get_encoding(config.tokenizer)
+        self.stream = Stream(config.task, config.placement, mark, config.tokenizer, config.seed)
+        for name, length in (("train_length", config.train_length), *(("eval_lengths", length) for length in lengths_of(config))):
+            if length < smallest(config.task, encoding):
+                raise config.error(f"{name}={length} is too short: {config.task} needs {smallest(config.task, encoding)} tokens")
+        if self.model.config.pos == "absolute" and config.train_length > self.model.config.block_size:
+            raise config.error(f"train_length={config.train_length}, but there are learned positions for {self.model.config.block_size}")
+        possible = possible_rows(self.model, mark)
+        self.rows = possible if config.rows == "all" else config.rows.split(",")
+        for row in self.rows:
+            if row not in possible:
+                raise config.error(f"rows={config.rows}: {row} is not among what this model and marker allow: {', '.join(possible)}")
+        shorter = [FIRST_PHASE << i for i in range(24) if smallest(config.task, encoding) <= FIRST_PHASE << i < config.train_length]
+        self.phases = [*shorter, config.train_length]
+        self.marker, self.placement = ("none", "none") if mark is None else (config.marker, config.placement)
+        self.label = config.label or f"{os.path.basename(os.path.normpath(self.pretrained['path'])).removesuffix('.pt')} {self.marker}"
+        self.name = re.sub(r"[^\w.-]+", "_", f"{self.label}_{config.task}_{self.placement}_{self.marker}_"
+                                              f"{config.train_length}_s{self.pretrained['seed']}_{config.seed}")
+        self.result, self.checkpoint = f"results/{self.name}.json", os.path.join(config.out_dir, f"{self.name}.pt")
+        settings_of_run = ("seed", "train_length", "phase_steps", "task_batch_size", "task_lr", "task_warmup", "trial_steps",
+                           "val_interval", "val_examples", "max_minutes", "weight_decay", "beta1", "beta2", "grad_clip",
+                           "stop_solved")
+        self.identity = {"stream": asdict(self.stream), "pretrained": self.pretrained, "model": asdict(self.model.config),
+                         **{name: getattr(config, name) for name in settings_of_run}}
+        self.lr = {"chosen": config.task_lr, "tried": {}}
+
+    def choose_learning_rate(self):
+        """Of LEARNING_RATES, the one of the lowest validation loss after a short run of the whole curriculum."""
+        for lr in LEARNING_RATES:
+            print(f"trial of learning rate {lr:g}")
+            history = fine_tune(self, copy.deepcopy(self.model), lr, self.config.trial_steps, self.config.max_minutes / 10)
+            self.lr["tried"][str(lr)] = history[-1]["loss"]
+        self.lr["chosen"] = min(LEARNING_RATES, key=lambda lr: self.lr["tried"][str(lr)])
+
+    def go(self):
+        """Fine-tunes, measures and writes the result, or goes on with what was begun."""
+        config, state = self.config, None
+        if os.path.exists(self.result) and not config.overwrite:
+            if read_result(self.result)["run"] != self.identity:
+                raise SystemExit(f"error: {self.result} is of other settings: name another --label=, or --overwrite it")
+            print(f"{self.result} is there already")
+            return
+        os.makedirs("results", exist_ok=True)
+        os.makedirs(config.out_dir, exist_ok=True)
+        if os.path.exists(self.checkpoint) and not config.overwrite:
+            try:
+                state = load_checkpoint(self.checkpoint)
+            except ValueError as e:
+                raise SystemExit(f"error: {e}: --overwrite starts anew") from None
+            if state.get("run") != self.identity:
+                raise SystemExit(f"error: {self.checkpoint} is of other settings: name another --label=, or --overwrite it")
+            self.model, self.lr = GPT.from_checkpoint(state), state["lr"]
+            print(f"going on behind step {state['step']}")
+        self.model.to(self.machine.device)
+        steps = config.phase_steps * len(self.phases)
+        print(f"{self.name}: {steps} steps of {config.task_batch_size}, phases {', '.join(map(str, self.phases))}", flush=True)
+        self.validation = draw_split(self.pool, self.stream, "validation", config.train_length, config.val_examples)
+        if state is None and not config.task_lr:
+            self.choose_learning_rate()
+        minutes = config.max_minutes * (1 if config.task_lr else 0.7)  # the trials have had the rest
+        history = state["history"] if state and state["finished"] else fine_tune(
+            self, self.model, self.lr["chosen"], steps, minutes, state, save=True)
+        tests, rows = self.measure_rows()
+        prepare.write_json(self.result, {
+            "format": FORMAT, "label": self.label, "task": config.task, "placement": self.placement,
+            "marker": self.marker, "train_length": config.train_length, "pretrained": self.pretrained,
+            "seeds": {"pretraining": self.pretrained["seed"], "fine-tuning": config.seed, "test": TEST_SEED}, "commit": commit(),
+            "hardware": {"device": self.machine.name(), "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+                         "dtype": str(self.machine.dtype).removeprefix("torch."), "torch": torch.__version__},
+            "learning_rate": self.lr, "validation": history, "tests": tests, "rows": rows, "run": self.identity,
+            "config": asdict(config)})
+        print(f"written to {self.result}")
+
+    def measure_rows(self):
+        """(tests, rows): what the test examples of every evaluation length are, and every row measured on them."""
+        config, model, stream, tests, rows = self.config, self.model, self.stream, {}, []
+        for length in lengths_of(config):
+            if model.config.pos == "absolute" and length > model.config.block_size:
+                rows.append({"row": "full", "length": length, "impossible": f"learned positions end at {model.config.block_size}"})
+                print(f"{length} tokens: not possible, learned positions end at {model.config.block_size}", flush=True)
+                continue
+            examples = draw_split(self.pool, stream, "test", length, config.test_examples)
+            answers = Counter(e.answer for e in examples)
+            tests[str(length)] = test = {
+                "n": len(examples), "chance": float(np.mean([e.chance for e in examples])),
+                "majority": max(answers.values()) / len(examples), "mean_tokens": float(np.mean([len(e.tokens) for e in examples])),
+                "sha256_of_prompts": prepare.sha256("\n".join(e.prompt for e in examples).encode())}
+            print(f"{length} tokens: {test['n']} examples, exact match by chance {100 * test['chance']:.1f}%, by the most frequent answer "
+                  f"{100 * test['majority']:.1f}%")
+            for row in self.rows:
+                inputs = [replace(e, tokens=e.tokens[e.tokens != stream.mark]) for e in examples] if row == "no_meta" else examples
+                with ablated(model, row):
+                    rows.append(score(row, length, "teacher forcing", *measure(model, inputs, length, self.machine)[:2]))
+                    if config.task == "copying":
+                        rows.append(score(row, length, "generation", measure_generation(model, inputs[:GENERATED], self.machine)))
+        return tests, rows
+
+
+def score(row, length, by, correct, token_accuracy=None):
+    """A row of a result, and its line on the terminal. correct: bool (n,), kept as the hexadecimal of its bits."""
+    low, high = wilson(int(correct.sum()), len(correct))
+    print(f"  {row:<18} {by:<15} exact {100 * correct.mean():5.1f}% ({100 * low:.1f} to {100 * high:.1f})"
+          + (f", tokens {100 * token_accuracy:5.1f}%" if token_accuracy is not None else "")
+          + (" (out of distribution: it was tuned with marks)" if row == "no_meta" else ""), flush=True)
+    return {"row": row, "length": length, "by": by, "n": len(correct), "exact": float(correct.mean()), "low": low, "high": high,
+            "token_accuracy": token_accuracy, "out_of_distribution": row == "no_meta", "correct": np.packbits(correct).tobytes().hex()}
+
+
+def commit():
+    """The commit of this code, '-dirty' behind it if it was changed since; None outside a repository."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figure and table
+
+def read_result(path):
+    """A file written by this script. Raises SystemExit for anything else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            result = json.load(file)
+        if not isinstance(result, dict) or not str(result.get("format", "")).startswith(FORMAT.rpartition(" ")[0]):
+            raise ValueError
+    except OSError:
+        raise SystemExit(f"error: no result {path}: write one with python eval_synthetic.py --task=...") from None
+    except ValueError:
+        raise SystemExit(f"error: {path} is not a result of eval_synthetic.py") from None
+    if result["format"] != FORMAT:
+        raise SystemExit(f"error: {path} is of format '{result['format']}', not '{FORMAT}': measure it again")
+    return result
+
+
+def merge(results):
+    """{task: {line: [result of each seed]}}. Raises SystemExit where results of a line or a task cannot be compared."""
+    tests, panels = {}, {}
+    for path, result in results.items():
+        for length, test in result["tests"].items():
+            there, first = tests.setdefault((result["task"], length), (test["sha256_of_prompts"], path))
+            if there != test["sha256_of_prompts"]:
+                raise SystemExit(f"error: {path} and {first} were measured on different test examples of {result['task']} at {length}")
+        line = f"{result['label']}, marks: {result['placement']}"
+        group = panels.setdefault(result["task"], {}).setdefault(line, [])
+        if group and group[0]["train_length"] != result["train_length"]:
+            raise SystemExit(f"error: {path}: '{line}' has results of different training lengths: give them different --label=")
+        group.append(result)
+    return panels
+
+
+def correct_of(group, length, row="full", by="teacher forcing"):
+    """Exact match of a line's seeds, float (seeds, n); None where it was not measured."""
+    found = [np.unpackbits(np.frombuffer(bytes.fromhex(r["correct"]), np.uint8), count=r["n"]) for result in group for r in result["rows"]
+             if (r["row"], r["length"], r.get("by")) == (row, length, by)]
+    return np.array(found, dtype=float) if found else None
+
+
+def paired_difference(a, b):
+    """Mean of b - a over the same examples, each seed-averaged, and its 95% interval by the normal approximation."""
+    difference = b.mean(0) - a.mean(0)
+    half = 1.96 * difference.std(ddof=1) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
+    return difference.mean(), difference.mean() - half, difference.mean() + half
+
+
+def cell(correct):
+    """Accuracy in %, with its Wilson interval, or over several seeds their range."""
+    if correct is None:
+        return "-"
+    seeds = correct.mean(1)
+    low, high = (seeds.min(), seeds.max()) if len(seeds) > 1 else wilson(correct.sum(), correct.size)
+    return f"{100 * seeds.mean():.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def tables(panels):
+    """Markdown: exact match of every row, and the paired differences of the lines, per task."""
+    for task, lines in panels.items():
+        every = [result for group in lines.values() for result in group]
+        lengths = sorted({row["length"] for result in every for row in result["rows"]})
+        head = "".join(f" {length} |" for length in lengths) + "\n|" + "---|" * (len(lengths) + 3)
+        yield f"\n**{task}**, exact match in % (95% interval; of several seeds their range)\n\n| model | row | tuned at |{head}"
+        tests = {int(length): test for result in every for length, test in result["tests"].items()}
+        for name in ("chance", "majority"):
+            cells = (f"{100 * tests[length][name]:.1f}" if length in tests else "-" for length in lengths)
+            yield f"| {name} | | | " + " | ".join(cells) + " |"
+        for line, group in lines.items():
+            for row, by in dict.fromkeys((r["row"], r["by"]) for result in group for r in result["rows"] if "by" in r):
+                cells = (cell(correct_of(group, length, row, by)) for length in lengths)
+                what = row + (" (out of distribution)" if row == "no_meta" else "") + (", generated" if by == "generation" else "")
+                seeds = f", {len(group)} seeds" if len(group) > 1 else ""
+                yield f"| {line}{seeds} | {what} | {group[0]['train_length']} | " + " | ".join(cells) + " |"
+        if len(lines) > 1:
+            yield f"\nPaired differences on the same examples, in points (95% interval)\n\n| second minus first | | |{head}"
+        for a, b in itertools.combinations(lines, 2):
+            cells = []
+            for length in lengths:
+                pair = correct_of(lines[a], length), correct_of(lines[b], length)
+                cells.append("-" if pair[0] is None or pair[1] is None else
+                             "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in paired_difference(*pair))))
+            yield f"| {b} - {a} | | | " + " | ".join(cells) + " |"
+
+
+def plot(paths):
+    """results/synthetic.png, and the tables on the terminal. bench.py's files, which lie beside ours, are passed over."""
+    paths = [path for path in paths if not os.path.basename(path).startswith("bench_")]
+    if not paths:
+        raise SystemExit("error: --plot needs results, such as: python eval_synthetic.py --plot results/*.json")
+    panels = merge({path: read_result(path) for path in paths})
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, len(panels), figsize=(1.5 + 4.5 * len(panels), 4.5), layout="constrained", squeeze=False)
+    colors = {line: f"C{i}" for i, line in enumerate(dict.fromkeys(line for lines in panels.values() for line in lines))}
+    for ax, (task, lines) in zip(axes[0], panels.items()):
+        for line, group in lines.items():
+            lengths = sorted({row["length"] for result in group for row in result["rows"] if "exact" in row})
+            seeds = [100 * correct_of(group, length).mean(1) for length in lengths]
+            ax.plot(lengths, [s.mean() for s in seeds], marker="o", markersize=4, color=colors[line], label=line)
+            ax.fill_between(lengths, [s.min() for s in seeds], [s.max() for s in seeds], color=colors[line], alpha=0.2, linewidth=0)
+        every = [result for group in lines.values() for result in group]
+        chance = {int(length): 100 * test["chance"] for result in every for length, test in result["tests"].items()}
+        ax.plot(*zip(*sorted(chance.items())), color="gray", linestyle="--", label="chance")
+        for i, length in enumerate(sorted({result["train_length"] for result in every})):
+            ax.axvline(length, color="gray", linestyle=":", label="training length" if i == 0 else None)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(sorted(chance), labels=map(str, sorted(chance)))
+        ax.minorticks_off()
+        ax.set(title=task.replace("_", " "), xlabel="evaluation length (tokens)", ylabel="exact match (%)", ylim=(-3, 103))
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize="small")
+    os.makedirs("results", exist_ok=True)
+    figure.savefig("results/synthetic.png.tmp", format="png", dpi=120)
+    plt.close(figure)
+    os.replace("results/synthetic.png.tmp", "results/synthetic.png")
+    print("\n".join(tables(panels)) + "\n\nwritten to results/synthetic.png")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    paths = [arg for arg in argv if arg.endswith(".json")]
+    config = settings.load([arg for arg in argv if arg not in paths])
+    if config.plot:
+        return plot(paths)
+    lengths_of(config)
+    machine, names = train.Machine(config), TASKS if config.task == "all" else [config.task]
+    try:
+        with ProcessPoolExecutor(min(config.workers or prepare.cores(), 4), initializer=prepare.start_worker,
+                                 initargs=(config.tokenizer, 0.0)) as pool:
+            for task in names:
+                one = copy.copy(config)
+                one.task = task
+                Run(one, pool, machine).go()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command goes on") from None
+    except BrokenExecutor:
+        raise SystemExit("error: a worker was killed, for want of memory perhaps; the same command goes on") from None
+    except OSError as e:
+        raise SystemExit(f"error: {e.filename or config.out_dir}: {e.strerror}") from None
+
+
+if __name__ == "__main__":
+    main()
