@@ -134,10 +134,8 @@ def smallest(task, encoding):
 
 def filler(n, rng, encoding):
     """A line of n tokens that says nothing."""
-    words, rest = divmod(n - size("Note:.\n", encoding), size(" cat", encoding))
-    if words < 1:
-        return "\n" * n
-    return f"Note: {' '.join(rng.choice(ITEMS, words).tolist())}.\n" + "\n" * rest
+    words, rest = divmod(max(n - 1, 0), size(" cat", encoding))
+    return "".join(f" {word}" for word in rng.choice(ITEMS, words)) + "\n" * (rest + min(n, 1))
 
 
 def make_example(task, shortest, longest, placement, mark, rng, encoding):
@@ -148,7 +146,11 @@ def make_example(task, shortest, longest, placement, mark, rng, encoding):
     text: its length counts the marks of 'all', the most. What grows with the length is the number of units, and behind the
     last name a line of filler; which unit is asked for, and what it holds, does not depend on it. E.g. with '#' for a mark:
 
-@EXAMPLE@
+        List fox: pad, rod, car, run.
+        List pet: vet, bug.
+        List rim: ear, pie, elf, leg, ore, try.#
+         mad due old car fin kin
+        Question: item 3 of list rim? Answer:# elf
     """
     ask = TASKS[task]
     names, word = iter(rng.permutation(NAMES).tolist()), str(rng.choice(ITEMS))
@@ -502,7 +504,7 @@ class Run:
         self.result, self.checkpoint = f"results/{self.name}.json", os.path.join(config.out_dir, f"{self.name}.pt")
         settings_of_run = ("seed", "train_length", "phase_steps", "task_batch_size", "task_lr", "task_warmup", "trial_steps",
                            "val_interval", "val_examples", "max_minutes", "weight_decay", "beta1", "beta2", "grad_clip",
-                           "stop_solved")
+                           "dropout", "stop_solved")
         self.identity = {"stream": asdict(self.stream), "pretrained": self.pretrained, "model": asdict(self.model.config),
                          **{name: getattr(config, name) for name in settings_of_run}}
         self.lr = {"chosen": config.task_lr, "tried": {}}

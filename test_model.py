@@ -6,10 +6,13 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,6 +23,7 @@ import torch
 from torch.nn import functional as F
 
 import config as settings
+import eval_synthetic
 import prepare
 import sample
 import train
@@ -77,7 +81,7 @@ def dense_attention(x, layer, n_head, allowed, angles, scale):
     return out * allowed.any(-1, keepdim=True)
 
 
-def dense_gpt(model, idx):
+def dense_gpt(model, idx, turn_meta=True):
     """The paper's model as its equations say, position by position: logits (B, T, V)."""
     c, w = model.config, model.transformer
     B, T = idx.shape
@@ -103,7 +107,7 @@ def dense_gpt(model, idx):
         x = x + dense_attention(norm(x, block.ln_1), block.attn, c.n_head, causal, angles, scale)
         if c.meta_attention:
             among = causal & is_meta[:, :, None] & is_meta[:, None, :]
-            x = x + dense_attention(norm(x, block.ln_meta), block.meta_attn, c.n_head, among, angles, scale)
+            x = x + dense_attention(norm(x, block.ln_meta), block.meta_attn, c.n_head, among, angles if turn_meta else 0 * angles, scale)
         hidden = F.linear(norm(x, block.ln_2), block.mlp.c_fc.weight, block.mlp.c_fc.bias)
         hidden = 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
         x = x + F.linear(hidden, block.mlp.c_proj.weight, block.mlp.c_proj.bias)
@@ -876,6 +880,336 @@ def test_gradient_accumulation_is_shared_by_the_processes(prepared):
     machine = SimpleNamespace(world=3, rank=0)
     with pytest.raises(SystemExit, match="gradient_accumulation_steps=40 is not divisible by the 3 processes"):
         train.check_start(settings.load([]), machine)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Synthetic tasks
+
+ROOM = {"bytes": (192, 500), "gpt2": (64, 300)}  # lengths that every task fits into
+
+
+def tokenizer(name):
+    return gpt2_bpe() if name == "gpt2" else prepare.get_tokenizer(name)
+
+
+def examples(task, n=40, length=300, placement="task", mark=35, name="bytes"):
+    return [eval_synthetic.make_example(task, length // 2 + 1, length, placement, mark, np.random.default_rng(i), tokenizer(name))
+            for i in range(n)]
+
+
+def read_answer(prompt):
+    """The answer, by a reading of the prompt of its own: (answer, all answers that the prompt has to offer)."""
+    lists = dict(re.findall(r"^(?:List|Bits|Text) (\w+): (.*)\.$", prompt, re.M))
+    question = prompt.rpartition("\n")[2]
+    inside = {name: re.search(r"\[ (.*) \]", body) for name, body in lists.items()}
+    if m := re.fullmatch(r"Question: item (\d+) of list (\w+)\? Answer:", question):
+        return lists[m[2]].split(", ")[int(m[1]) - 1], {item for body in lists.values() for item in body.split(", ")}
+    if m := re.fullmatch(r"Question: how often is (\w+) in the segment of list (\w+)\? Answer:", question):
+        return str(len(re.findall(rf"\b{m[1]}\b", inside[m[2]][1]))), set("01234")
+    if m := re.fullmatch(r"Question: parity of the bits before \* in bits (\w+)\? Answer:", question):
+        return str(lists[m[1]].partition("*")[0].count("1") % 2), set("01")
+    m = re.fullmatch(r"Question: what is in brackets in text (\w+)\? Answer:", question)
+    return inside[m[1]][1], {span[1] for span in inside.values()}
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+@pytest.mark.parametrize("task", eval_synthetic.TASKS)
+def test_the_prompt_without_its_marks_determines_the_answer(task, name):
+    encoding = tokenizer(name)
+    for placement in ("task", "all", "random", "none"):
+        for length in ROOM[name]:
+            for e in examples(task, 8, length, placement, encoding.n_vocab, name):
+                text = prepare.decode(encoding, e.tokens.tolist())
+                assert text == e.prompt + e.answer and (e.tokens[e.tokens != encoding.n_vocab] == encoding.encode_ordinary(text)).all()
+                assert encoding.decode(e.tokens[-e.n_answer:].tolist()) == e.answer
+                answer, offered = read_answer(e.prompt)
+                assert e.answer == f" {answer}" and e.chance == pytest.approx(1 / len(offered))
+
+
+def test_the_example_of_the_docstring_is_one():
+    e = eval_synthetic.make_example("list_recall", 150, 210, "task", 35, np.random.default_rng(11), tokenizer("bytes"))
+    assert textwrap.indent(prepare.decode(tokenizer("bytes"), e.tokens.tolist()), " " * 8) in eval_synthetic.make_example.__doc__
+
+
+def test_words_are_single_tokens_of_gpt2s_bpe():
+    assert len(set(eval_synthetic.WORDS)) == len(eval_synthetic.WORDS) and not set(eval_synthetic.NAMES) & set(eval_synthetic.ITEMS)
+    assert all(len(gpt2_bpe().encode_ordinary(f" {word}")) == 1 and len(word) == 3 for word in eval_synthetic.WORDS)
+
+
+@pytest.mark.parametrize("task", eval_synthetic.TASKS)
+def test_the_text_is_the_same_whatever_the_mark_and_its_place(task):
+    plain = examples(task, mark=None)
+    for placement in ("task", "all", "random", "none"):
+        for e, other, p in zip(examples(task, placement=placement), examples(task, placement=placement, mark=258), plain):
+            assert e.prompt == p.prompt and ((e.tokens == 35) == (other.tokens == 258)).all()
+            assert (e.tokens[e.tokens != 35] == p.tokens).all() and e.tokens[0] != 35
+            assert (placement == "none") == (35 not in e.tokens)
+
+
+@pytest.mark.parametrize("task", eval_synthetic.TASKS)
+def test_marks_of_placement_all_do_not_depend_on_what_is_asked(task):
+    """They stand where an expression that never looks at the question finds them; those of 'task' at the queried one."""
+    where = {"list_recall": (r"(?m)(^List .*\.)$", r"\1#"), "parity": (r"\*", r"*#")}.get(task, (r"\[( .*?) \]", r"[#\1# ]"))
+    for everywhere, own, anywhere in zip(*(examples(task, placement=placement) for placement in ("all", "task", "random"))):
+        context, _, question = everywhere.prompt.rpartition("\n")
+        tail = f"\n{question}{'#' if task == 'list_recall' else ''}{everywhere.answer}"
+        assert bytes(everywhere.tokens.tolist()).decode() == re.sub(*where, context) + tail
+        name = re.search(r"(\w+)\? Answer", question)[1]
+        lines = [re.sub(*where, line) if f" {name}: " in line else line for line in context.split("\n")]
+        assert bytes(own.tokens.tolist()).decode() == "\n".join(lines) + tail
+        assert (anywhere.tokens == 35).sum() == (own.tokens == 35).sum()
+
+
+@pytest.mark.parametrize("task", eval_synthetic.TASKS)
+def test_only_distance_grows_with_length(task):
+    """Lengths are uniform in (L/2, L]; what is asked for has the same distribution, and answers are balanced, at every length."""
+    answers, asked = {}, {}
+    for length in (256, 1024):
+        drawn = examples(task, 300, length, "all", name="gpt2")
+        lengths = np.array([len(e.tokens) for e in drawn])
+        assert lengths.min() > length // 2 and lengths.max() <= length
+        assert abs((lengths > 0.75 * length).mean() - 0.5) < 0.11 and abs(lengths.mean() / length - 0.75) < 0.03
+        names = [re.search(r"(\w+)\? Answer", e.prompt)[1] for e in drawn]
+        bodies = [re.search(rf"^\w+ {name}: (.*)$", e.prompt, re.M)[1] for name, e in zip(names, drawn)]
+        asked[length], answers[length] = [len(body.split()) for body in bodies], [e.answer for e in drawn]
+        places = [e.prompt.index(f" {name}: ") / len(e.prompt) for name, e in zip(names, drawn)]
+        assert abs(np.mean(places) - 0.47) < 0.07  # anywhere in the prompt
+    assert abs(np.mean(asked[256]) - np.mean(asked[1024])) < 0.15 * np.mean(asked[256])
+    if task in ("parity", "segment_counting"):
+        n = 2 if task == "parity" else 5
+        shares = np.array([[found.count(f" {i}") / len(found) for i in range(n)] for found in answers.values()])
+        assert abs(shares - 1 / n).max() < 0.09
+
+
+def stream_of(task="list_recall", mark=35, placement="task", seed=1):
+    return eval_synthetic.Stream(task, placement, mark, "bytes", seed)
+
+
+def test_streams_are_functions_of_seed_split_length_and_number_and_share_no_example():
+    def prompts(split, numbers, **changes):
+        return [eval_synthetic.draw(stream_of(**changes), split, 128, i).prompt for i in numbers]
+
+    forward = prompts("train", range(30))
+    assert prompts("train", reversed(range(30)), mark=None, placement="all") == forward[::-1]
+    assert not set(forward) & set(prompts("train", range(30), seed=2))
+    assert prompts("test", range(9)) == prompts("test", range(9), seed=2)
+    texts = {split: set(prompts(split, range(500), task="parity")) for split in eval_synthetic.SPLITS}
+    assert len(texts["train"]) == 500 and not texts["train"] & texts["test"] and not texts["train"] & texts["validation"]
+    assert {eval_synthetic.split_of(text) for text in texts["test"]} == {"test"}
+
+
+def test_a_batch_is_padded_at_the_right_and_asks_for_the_answers_alone():
+    drawn = examples("copying", 5, 256)
+    x, y = eval_synthetic.collate(drawn, 256)
+    assert x.shape == y.shape and x.size(1) % 64 == 0 and x.size(1) - 64 < max(len(e.tokens) for e in drawn)
+    for row, target, e in zip(x, y, drawn):
+        n = len(e.tokens) - 1
+        assert row[:n].tolist() == e.tokens[:-1].tolist() and not row[n:].any()
+        assert bytes(target[n - e.n_answer:n].tolist()).decode() == e.answer and (target >= 0).sum() == e.n_answer
+    assert eval_synthetic.collate(drawn, 250)[0].size(1) <= 250
+
+
+class Now:
+    """Stands for a pool: does the work at once."""
+
+    def submit(self, function, item):
+        future = Future()
+        future.set_result(function(item))
+        return future
+
+
+def small_model(**changes):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{"block_size": 256, "vocab_size": 320, "n_layer": 2, "n_head": 2, "n_embd": 64, "meta_id": 257} | changes))
+
+
+def spell(name, word, rng):
+    """A task small enough to be learnt in seconds: to write again what stands behind the mark."""
+    n = rng.integers(1, 4)
+    return f"[{eval_synthetic.MARK}{'ab' * n}]", "?", "ab" * n, ["ab"]
+
+
+def small_run(monkeypatch, task, mark=257):
+    monkeypatch.setitem(eval_synthetic.TASKS, "spell", spell)
+    config = settings.load(["--device=cpu", "--dtype=float32", "--train_length=64", "--val_interval=1000", "--log_interval=1000",
+                            "--task_warmup=10", "--weight_decay=0"])
+    stream, machine = stream_of(task, mark), train.Machine(config)
+    validation = eval_synthetic.draw_split(Now(), stream, "validation", 64, 60)
+    return SimpleNamespace(config=config, machine=machine, stream=stream, pool=Now(), phases=[64], validation=validation)
+
+
+def test_a_tiny_model_learns_a_tiny_task_and_generates_what_it_is_measured_by(monkeypatch):
+    run, model = small_run(monkeypatch, "spell"), small_model()
+    history = eval_synthetic.fine_tune(run, model, 3e-3, 60, 0.0)
+    assert history[-1]["token_accuracy"] > 0.9 and history[-1]["loss"] < 0.5
+    correct, token_accuracy, _ = eval_synthetic.measure(model, run.validation, 64, run.machine)
+    hits = count = 0
+    for i, e in enumerate(run.validation):  # one by one, in float64, without padding
+        guess = model.double()(torch.from_numpy(e.tokens[None]))[0][0, -e.n_answer - 1:-1, :257].argmax(-1).numpy()
+        assert correct[i] == (guess == e.tokens[-e.n_answer:]).all()
+        hits, count = hits + (guess == e.tokens[-e.n_answer:]).sum(), count + e.n_answer
+    assert token_accuracy == pytest.approx(hits / count)
+    assert (eval_synthetic.measure_generation(model, run.validation, run.machine) == correct).all()
+
+
+def test_rows_change_what_they_name_and_nothing_stays_behind():
+    model, idx = build(), text_with_meta((4, 7))
+    before = model(idx)[0]
+    references = {"full": dense_gpt(model, idx), "no_pos": dense_gpt(build(zero_meta_pos=True), idx),
+                  "no_pos_meta": dense_gpt(model, idx, turn_meta=False), "no_embed": dense_gpt(build(zero_meta_embd=True), idx)}
+    for row, reference in references.items():
+        with eval_synthetic.ablated(model, row):
+            torch.testing.assert_close(model(idx)[0], reference, rtol=1e-6, atol=1e-6)
+        assert torch.equal(model(idx)[0], before)
+    with eval_synthetic.ablated(model, "no_meta_attention"):
+        without = model(idx)[0]
+    for block in model.transformer.h:
+        block.meta_attn.c_proj.weight.data.zero_()
+    torch.testing.assert_close(model(idx)[0], without)
+    rows = {(changes, mark): eval_synthetic.possible_rows(build(**dict(changes)), mark) for changes, mark in [
+        ((), META), ((), 61), ((), None), ((("pos", "absolute"),), META), ((("meta_attention", False),), META)]}
+    assert list(map(len, rows.values())) == [6, 2, 1, 5, 4]
+
+
+def test_a_fresh_token_starts_at_the_mean_of_the_text():
+    for changes in ({}, {"meta_id": None, "meta_attention": False, "text_vocab_size": 257},
+                    {"meta_id": None, "meta_attention": False, "vocab_size": 257}):
+        model = small_model(**changes)
+        meta_id, idx = model.config.meta_id, torch.randint(0, 256, (1, 20))
+        logits = model(idx)[0][..., :257]
+        model = eval_synthetic.with_fresh_token(model, 258)
+        torch.testing.assert_close(model.transformer.wte.weight[258], model.transformer.wte.weight[:257].mean(0))
+        assert model.config.meta_id == meta_id and torch.equal(model(idx)[0][..., :257], logits)
+
+
+def test_intervals_are_the_known_ones():
+    assert eval_synthetic.wilson(10, 20) == pytest.approx((0.2993, 0.7007), abs=1e-3)  # Wilson's formula, as tabled
+    assert eval_synthetic.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
+    a, b = np.array([[0, 0, 1, 1, 0.0]]), np.array([[1, 0, 1, 1, 1.0], [1, 0, 1, 1, 0.0]])
+    mean, low, high = eval_synthetic.paired_difference(a, b)
+    assert mean == pytest.approx(0.3) and (high - low) / 2 == pytest.approx(1.96 * np.std([1, 0, 0, 0, 0.5], ddof=1) / 5**0.5)
+
+
+def save_model(path, **changes):
+    model = small_model(**{"n_embd": 16, "n_layer": 1} | changes)
+    train.save(path, {"model": model.state_dict(), "model_config": vars(model.config), "step": 7,
+                      "settings": {"tokenizer": "bytes", "seed": 5}})
+
+
+TUNE = ["--device=cpu", "--dtype=float32", "--train_length=192", "--phase_steps=6", "--val_interval=3", "--log_interval=1",
+        "--trial_steps=2", "--val_examples=8", "--test_examples=12", "--task_batch_size=4", "--eval_lengths=192,256", "--workers=1"]
+
+
+def test_a_tuning_killed_and_started_again_ends_with_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model("meta.pt")
+    arguments = ["--init_from=meta.pt", *TUNE, "--dropout=0.1"]
+    eval_synthetic.main([*arguments, "--label=whole"])
+    whole = eval_synthetic.read_result("results/whole_list_recall_task_meta_192_s5_1337.json")
+    assert [entry["step"] for entry in whole["validation"]] == [3, 6, 9, 12] and len(whole["learning_rate"]["tried"]) == 3
+    command = [sys.executable, os.path.join(HERE, "eval_synthetic.py"), *arguments, "--label=killed"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "step  8/12" in line:
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "step 10/12" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    output, errors = process.communicate(timeout=60)
+    assert "the same command goes on from there" in errors and "Traceback" not in errors
+    eval_synthetic.main([*arguments, "--label=killed"])
+    killed = eval_synthetic.read_result("results/killed_list_recall_task_meta_192_s5_1337.json")
+    a, b = (weights_of(f"out/{name}_list_recall_task_meta_192_s5_1337.pt") for name in ("whole", "killed"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for result in (whole, killed):
+        result["validation"] = [{k: v for k, v in entry.items() if k != "minutes"} for entry in result["validation"]]
+    assert all(killed[name] == whole[name] for name in ("validation", "rows", "tests", "learning_rate", "pretrained"))
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch, capsys):
+    """Results of two models and two seeds, in results/."""
+    monkeypatch.chdir(tmp_path)
+    save_model("ape.pt", pos="absolute", block_size=192)
+    save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
+    eval_synthetic.main(["--init_from=ape.pt", *TUNE, "--task_lr=1e-3", "--task=all"])
+    for marker, seed in (("none", 1), ("none", 2), ("fresh", 1)):
+        eval_synthetic.main(["--init_from=plain.pt", *TUNE, "--task_lr=1e-3", "--placement=all", f"--marker={marker}", f"--seed={seed}"])
+    return sorted(glob.glob("results/*.json"))
+
+
+def test_runs_are_measured_tabled_and_drawn(tuned, capsys):
+    assert len(tuned) == 7
+    by_task = {result["task"]: result for result in map(eval_synthetic.read_result, tuned)}
+    assert {row["by"] for row in by_task["copying"]["rows"] if "by" in row} == {"teacher forcing", "generation"}
+    ape = eval_synthetic.read_result("results/ape_meta_list_recall_task_meta_192_s5_1337.json")
+    assert [row["row"] for row in ape["rows"]] == ["full", "no_pos", "no_embed", "no_meta_attention", "no_meta", "full"]
+    assert ape["rows"][-1]["impossible"] == "learned positions end at 192" and ape["rows"][-2]["out_of_distribution"]
+    assert ape["pretrained"]["step"] == 7 and ape["seeds"]["pretraining"] == 5 and ape["commit"]
+    assert all(row["n"] == 12 and row["low"] <= row["exact"] <= row["high"] for row in ape["rows"][:-1])
+    capsys.readouterr()
+    open("results/bench_cpu.json", "w").close()
+    eval_synthetic.main(["--plot", *tuned, "results/bench_cpu.json"])
+    printed = capsys.readouterr().out
+    assert open("results/synthetic.png", "rb").read(4) == b"\x89PNG"
+    assert "| chance |" in printed and "plain fresh, marks: all - plain none, marks: none" in printed and ", 2 seeds" in printed
+    widths = {(block, line.count("|")) for block, part in enumerate(printed.split("\n\n")) for line in part.splitlines() if "|" in line}
+    assert len(widths) == len({block for block, _ in widths})  # every table has one width
+    eval_synthetic.main(["--init_from=ape.pt", *TUNE, "--task_lr=1e-3"])
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_bad_results_are_refused_in_one_line(tuned):
+    def refused(*paths):
+        return refusal(eval_synthetic.main, ["--plot", *paths])
+
+    assert "--plot needs results" in refused()
+    assert "no result results/*.json" in refused("results/*.json")
+    for name, content in {"list": "[]", "text": "hello", "other": '{"rows": []}'}.items():
+        open(f"{name}.json", "w").write(content)
+        assert f"{name}.json is not a result of eval_synthetic.py" in refused(f"{name}.json")
+    good = open(tuned[0]).read()
+    open("old.json", "w").write(good.replace(eval_synthetic.FORMAT, "synthetic tasks 0"))
+    assert "is of format 'synthetic tasks 0', not" in refused("old.json")
+    digest = json.loads(good)["tests"]["192"]["sha256_of_prompts"]
+    open("easier.json", "w").write(good.replace(digest, "0" * 64))
+    assert "were measured on different test examples of copying at 192" in refused(tuned[0], "easier.json")
+    open("longer.json", "w").write(good.replace('"train_length": 192', '"train_length": 256'))
+    assert "has results of different training lengths" in refused(tuned[0], "longer.json")
+
+
+@pytest.mark.parametrize("args, expected", [
+    (["--task=juggling"], "task=juggling: expected one of list_recall, segment_counting, parity, copying, all (task: command line)"),
+    (["--placement=above"], "placement=above: expected one of"),
+    (["--marker=flag"], "marker=flag: expected one of"),
+    (["--eval_lengths=128,many"], "eval_lengths=128,many: expected lengths in tokens"),
+    (["--train_length=64"], "train_length=64 is too short: list_recall needs 83 tokens"),
+    (["--eval_lengths=64", "--marker=none"], "eval_lengths=64 is too short: list_recall needs 83 tokens"),
+    (["--init_from=plain.pt"], "marker=meta, but the checkpoint has no meta-tokens"),
+    (["--init_from=plain.pt", "--marker=text", "--zero_meta_pos"], "zero_meta_pos=True, but the checkpoint has no meta-tokens"),
+    (["--init_from=plain.pt", "--marker=text", "--rows=full,no_pos"], "no_pos is not among what this model and marker allow: full"),
+    (["--init_from=meta.pt", "--add_meta"], "add_meta=True, but the checkpoint has meta-tokens"),
+    (["--init_from=ape.pt"], "train_length=192, but there are learned positions for 128"),
+    (["--init_from=nowhere"], "no checkpoint nowhere"),
+])
+def test_impossible_tunings_are_refused_in_one_line(tmp_path, monkeypatch, args, expected):
+    monkeypatch.chdir(tmp_path)
+    save_model("meta.pt")
+    save_model("ape.pt", pos="absolute", block_size=128)
+    save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
+    assert expected in refusal(eval_synthetic.main, ["--init_from=meta.pt", *TUNE, *args])
+    assert not os.path.exists("results") and not os.path.exists("out")
+
+
+def test_meta_tokens_are_added_for_fine_tuning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
+    model, mark, _ = eval_synthetic.open_model(settings.load(["--init_from=plain.pt", "--add_meta"]))
+    assert mark == model.config.meta_id == 257 and not model.transformer.h[0].meta_attn.c_proj.weight.any()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
