@@ -38,7 +38,6 @@ from model import GPT, load_checkpoint
 FORMAT = "synthetic tasks 1"
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)  # tried for every model alike
 FIRST_PHASE = 64                     # tokens; every further phase of the curriculum is twice as long
-BUCKET = 64                          # batches are padded to multiples of it: few shapes to compile
 EVAL_TOKENS = 16384                  # positions in a batch of evaluation: their logits take the memory
 GENERATED = 256                      # examples that are also generated freely
 SOLVED = 0.99                        # exact match on validation at which stop_solved stops
@@ -230,9 +229,9 @@ def draw_split(pool, stream, split, length, n):
     return [example for _, batch in prepare.ordered_map(pool, draw_batch, jobs, ahead=64) for example in batch]
 
 
-def collate(examples, longest):
-    """x and y, int64 (B, T): padded at the right, the targets -1 outside the answers. T is a multiple of BUCKET, or longest."""
-    T = min(-(-max(len(e.tokens) for e in examples) // BUCKET) * BUCKET, longest)
+def collate(examples, longest, bucket=64):
+    """x and y, int64 (B, T): padded at the right, the targets -1 outside the answers. T is a multiple of bucket, or longest."""
+    T = min(-(-max(len(e.tokens) for e in examples) // bucket) * bucket, longest)
     x, y = torch.zeros(len(examples), T, dtype=torch.long), torch.full((len(examples), T), -1)
     for row, e in enumerate(examples):
         n = len(e.tokens) - 1
@@ -242,8 +241,9 @@ def collate(examples, longest):
 
 
 def count_meta(model, x):
-    """An upper bound on the meta-tokens of a row, in steps of 16: a host integer of few values."""
-    return 0 if model.config.meta_id is None else min(-(-int((x == model.config.meta_id).sum(1).max()) // 16) * 16, x.size(1))
+    """An upper bound on the meta-tokens of a row: 0, 16, 32, 64, ..., as every value would be compiled."""
+    n_meta = 0 if model.config.meta_id is None else int((x == model.config.meta_id).sum(1).max())
+    return n_meta and min(max(16, 1 << (n_meta - 1).bit_length()), x.size(1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -355,6 +355,7 @@ def measure_generation(model, examples, machine):
 
     def length_of_prompt(i):
         return len(examples[i].tokens) - examples[i].n_answer
+
     for n_prompt, group in itertools.groupby(sorted(range(len(examples)), key=length_of_prompt), length_of_prompt):
         group = list(group)  # prompts of one length, so that none needs padding
         longest = max(examples[i].n_answer for i in group)
@@ -405,9 +406,10 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
         train.load_optimizer(optimizer, state["optimizer"])
         if scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
-    forward = torch.compile(model, dynamic=True) if machine.compile else model
+    torch._dynamo.config.cache_size_limit = 64  # a graph for each phase, and for few numbers of meta-tokens
+    forward = torch.compile(model, dynamic=False) if machine.compile else model
     started, stop, B = time.monotonic(), False, config.task_batch_size
-    first_step = step
+    first_step, length = step, None
 
     def clock():
         return minutes_before + (time.monotonic() - started) / 60
@@ -435,9 +437,9 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
         done = step >= steps or (minutes and clock() >= minutes)
         if (done or (save and step > 0 and step % config.val_interval == 0)) and not (history and history[-1]["step"] == step):
             correct, token_accuracy, loss = measure(model, run.validation, config.train_length, machine)
-            if not math.isfinite(loss):
-                raise SystemExit(f"error: the loss is {loss} at step {step}: try a lower --task_lr")
-            history.append({"step": step, "minutes": clock(), "phase": phase(max(step - 1, 0)), "exact": float(correct.mean()),
+            if save and not math.isfinite(loss):  # a trial may fail
+                raise SystemExit(f"error: the loss is {loss} at step {step}: the last good state is kept; try a lower --task_lr")
+            history.append({"step": step, "minutes": clock(), "phase": length, "exact": float(correct.mean()),
                             "token_accuracy": token_accuracy, "loss": loss, "train_loss": loss_sum.item() / max(summed, 1)})
             loss_sum, summed = torch.zeros_like(loss_sum), 0
             done = done or (config.stop_solved and save and history[-1]["phase"] == run.phases[-1] and history[-1]["exact"] >= SOLVED)
@@ -451,8 +453,8 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
             raise SystemExit(f"stopped at step {step}; the same command goes on from " + ("there" if save else "the beginning"))
         if done:
             break
-        _, examples = next(batches)
-        x, y = collate(examples, run.phases[-1])
+        (_, _, length, _), examples = next(batches)
+        x, y = collate(examples, length, bucket=length if machine.compile else 64)
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(schedule, step, clock())
         if config.dropout > 0:
@@ -470,7 +472,7 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
         if step % config.log_interval == 0:
             left = (time.monotonic() - started) / (step - first_step) * (steps - step)
             left = min(left, 60 * (minutes - clock())) if minutes else left
-            print(f"step {step:>{len(str(steps))}}/{steps} | length {phase(step - 1)} | loss {loss_sum.item() / summed:.4f} | "
+            print(f"step {step:>{len(str(steps))}}/{steps} | length {length} | loss {loss_sum.item() / summed:.4f} | "
                   f"ETA {train.duration(max(left, 0))}", flush=True)
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -484,7 +486,8 @@ class Run:
         self.config, self.pool, self.machine = config, pool, machine
         self.model, mark, self.pretrained = open_model(config)
         encoding = get_encoding(config.tokenizer)
-        self.stream = Stream(config.task, config.placement, mark, config.tokenizer, config.seed)
+        self.marker, self.placement = ("none", "none") if mark is None else (config.marker, config.placement)
+        self.stream = Stream(config.task, self.placement, mark, config.tokenizer, config.seed)
         for name, length in (("train_length", config.train_length), *(("eval_lengths", length) for length in lengths_of(config))):
             if length < smallest(config.task, encoding):
                 raise config.error(f"{name}={length} is too short: {config.task} needs {smallest(config.task, encoding)} tokens")
@@ -497,7 +500,6 @@ class Run:
                 raise config.error(f"rows={config.rows}: {row} is not among what this model and marker allow: {', '.join(possible)}")
         shorter = [FIRST_PHASE << i for i in range(24) if smallest(config.task, encoding) <= FIRST_PHASE << i < config.train_length]
         self.phases = [*shorter, config.train_length]
-        self.marker, self.placement = ("none", "none") if mark is None else (config.marker, config.placement)
         self.label = config.label or f"{os.path.basename(os.path.normpath(self.pretrained['path'])).removesuffix('.pt')} {self.marker}"
         self.name = re.sub(r"[^\w.-]+", "_", f"{self.label}_{config.task}_{self.placement}_{self.marker}_"
                                               f"{config.train_length}_s{self.pretrained['seed']}_{config.seed}")
@@ -509,22 +511,16 @@ class Run:
                          **{name: getattr(config, name) for name in settings_of_run}}
         self.lr = {"chosen": config.task_lr, "tried": {}}
 
-    def choose_learning_rate(self):
-        """Of LEARNING_RATES, the one of the lowest validation loss after a short run of the whole curriculum."""
-        for lr in LEARNING_RATES:
-            print(f"trial of learning rate {lr:g}")
-            history = fine_tune(self, copy.deepcopy(self.model), lr, self.config.trial_steps, self.config.max_minutes / 10)
-            self.lr["tried"][str(lr)] = history[-1]["loss"]
-        self.lr["chosen"] = min(LEARNING_RATES, key=lambda lr: self.lr["tried"][str(lr)])
-
     def go(self):
         """Fine-tunes, measures and writes the result, or goes on with what was begun."""
         config, state = self.config, None
         if os.path.exists(self.result) and not config.overwrite:
-            if read_result(self.result)["run"] != self.identity:
+            there = read_result(self.result)
+            if there["run"] != self.identity:
                 raise SystemExit(f"error: {self.result} is of other settings: name another --label=, or --overwrite it")
-            print(f"{self.result} is there already")
-            return
+            if all(there["config"][name] == getattr(config, name) for name in ("eval_lengths", "rows", "test_examples")):
+                print(f"{self.result} is there already")
+                return
         os.makedirs("results", exist_ok=True)
         os.makedirs(config.out_dir, exist_ok=True)
         if os.path.exists(self.checkpoint) and not config.overwrite:
@@ -541,7 +537,11 @@ class Run:
         print(f"{self.name}: {steps} steps of {config.task_batch_size}, phases {', '.join(map(str, self.phases))}", flush=True)
         self.validation = draw_split(self.pool, self.stream, "validation", config.train_length, config.val_examples)
         if state is None and not config.task_lr:
-            self.choose_learning_rate()
+            for lr in LEARNING_RATES:  # a short run of the whole curriculum each; the lowest validation loss wins
+                print(f"trial of learning rate {lr:g}")
+                loss = fine_tune(self, copy.deepcopy(self.model), lr, config.trial_steps, config.max_minutes / 10)[-1]["loss"]
+                self.lr["tried"][str(lr)] = loss if math.isfinite(loss) else sys.float_info.max
+            self.lr["chosen"] = float(min(self.lr["tried"], key=self.lr["tried"].get))
         minutes = config.max_minutes * (1 if config.task_lr else 0.7)  # the trials have had the rest
         history = state["history"] if state and state["finished"] else fine_tune(
             self, self.model, self.lr["chosen"], steps, minutes, state, save=True)
@@ -632,7 +632,7 @@ def merge(results):
         if group and group[0]["train_length"] != result["train_length"]:
             raise SystemExit(f"error: {path}: '{line}' has results of different training lengths: give them different --label=")
         group.append(result)
-    return panels
+    return {task: panels[task] for task in TASKS if task in panels}
 
 
 def correct_of(group, length, row="full", by="teacher forcing"):

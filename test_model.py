@@ -967,7 +967,7 @@ def test_only_distance_grows_with_length(task):
     """Lengths are uniform in (L/2, L]; what is asked for has the same distribution, and answers are balanced, at every length."""
     answers, asked = {}, {}
     for length in (256, 1024):
-        drawn = examples(task, 300, length, "all", name="gpt2")
+        drawn = examples(task, 200, length, "all", name="gpt2")
         lengths = np.array([len(e.tokens) for e in drawn])
         assert lengths.min() > length // 2 and lengths.max() <= length
         assert abs((lengths > 0.75 * length).mean() - 0.5) < 0.11 and abs(lengths.mean() / length - 0.75) < 0.03
@@ -1163,6 +1163,9 @@ def test_runs_are_measured_tabled_and_drawn(tuned, capsys):
     assert len(widths) == len({block for block, _ in widths})  # every table has one width
     eval_synthetic.main(["--init_from=ape.pt", *TUNE, "--task_lr=1e-3"])
     assert "is there already" in capsys.readouterr().out
+    eval_synthetic.main(["--init_from=ape.pt", *TUNE, "--task_lr=1e-3", "--rows=full"])  # measured anew, not tuned anew
+    assert "step 12/12" not in capsys.readouterr().out and len(eval_synthetic.read_result(tuned[1])["rows"]) == 2
+    assert "is of other settings: name another --label=" in refusal(eval_synthetic.main, ["--init_from=ape.pt", *TUNE, "--task_lr=1e-4"])
 
 
 def test_bad_results_are_refused_in_one_line(tuned):
