@@ -43,7 +43,6 @@ GENERATED = 256                      # examples that are also generated freely
 SOLVED = 0.99                        # exact match on validation at which stop_solved stops
 TEST_SEED = 0                        # of validation and test: the same examples for every run, so that runs can be compared
 SPLITS = ("train", "validation", "test")
-ROWS = ("full", "no_pos", "no_pos_meta", "no_embed", "no_meta_attention", "no_meta")
 MARK = "\0"                          # where a mark may stand, in the templates below
 
 # Common words of three letters: each a single token of GPT-2's BPE behind a space, and four bytes, so that the length of a
@@ -151,15 +150,14 @@ def make_example(task, shortest, longest, placement, mark, rng, encoding):
          mad due old car fin kin
         Question: item 3 of list rim? Answer:# elf
     """
-    ask = TASKS[task]
-    names, word = iter(rng.permutation(NAMES).tolist()), str(rng.choice(ITEMS))
-    shortest = max(shortest, smallest(task, encoding))
-    room = int(rng.integers(shortest, longest + 1))
-    unit, question, answer, offers = ask(next(names), word, rng)
+    name, *names = rng.permutation(NAMES).tolist()
+    word = str(rng.choice(ITEMS))
+    room = int(rng.integers(max(shortest, smallest(task, encoding)), longest + 1))
+    unit, question, answer, offers = TASKS[task](name, word, rng)
     room -= sum(size(text, encoding) for text in (unit, question, answer))
     others, offered = [], set(offers)
     for name in names:
-        other, _, _, offers = ask(name, word, rng)
+        other, _, _, offers = TASKS[task](name, word, rng)
         if size(other, encoding) > room:
             break
         room -= size(other, encoding)
@@ -168,21 +166,21 @@ def make_example(task, shortest, longest, placement, mark, rng, encoding):
     others.insert(rng.integers(len(others) + 1), filler(room, rng, encoding))
     at = rng.integers(len(others) + 1)
 
+    texts = [*others[:at], unit, *others[at:], question]
     tokens, own, places = [], [], []  # places: where a mark may stand; own: those of what is asked for
-    for text in (*others[:at], unit, *others[at:], question):
+    for text in texts:
         for i, piece in enumerate(text.split(MARK)):
             if i > 0:
                 places.append(len(tokens))
             if i > 0 and text in (unit, question):
                 own.append(len(tokens))
             tokens += encode(piece, encoding)
-    prompt = "".join((*others[:at], unit, *others[at:], question)).replace(MARK, "")
     anywhere = np.sort(rng.permutation(len(tokens))[:len(own)] + 1)
     tokens = np.array(tokens)
     if mark is not None:
         tokens = np.insert(tokens, {"task": own, "all": places, "random": anywhere, "none": []}[placement], mark)
     answer_tokens = encode(answer, encoding)
-    return Example(np.append(tokens, answer_tokens), len(answer_tokens), prompt, answer, 1 / len(offered))
+    return Example(np.append(tokens, answer_tokens), len(answer_tokens), "".join(texts).replace(MARK, ""), answer, 1 / len(offered))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,9 +196,7 @@ class Stream:
     seed: int
 
 
-@cache
-def get_encoding(name):
-    return prepare.get_tokenizer(name)
+get_encoding = cache(prepare.get_tokenizer)
 
 
 def split_of(prompt):
@@ -253,7 +249,14 @@ def open_model(config):
     """(model, id of the mark, identity of the checkpoint), on the CPU. Raises SystemExit where they do not fit together."""
     if config.origin.get("init_from") != "command line":
         config.init_from = "resume"  # what the config's run has saved, not what it began with
+    torch.manual_seed(config.seed)  # of the meta-attention that may be added
     model, checkpoint = train.load_trained(config)
+    digest = hashlib.sha256()
+    for name, p in model.state_dict().items():
+        digest.update(name.encode() + p.contiguous().numpy().tobytes())
+    path = config.out_dir if config.init_from in ("resume", "scratch") else config.init_from
+    identity = {"path": path, "step": checkpoint and checkpoint["step"], "seed": checkpoint and checkpoint["settings"]["seed"],
+                "sha256_of_weights": digest.hexdigest()}
     encoding, kind = get_encoding(config.tokenizer), config.marker if config.placement != "none" else "none"
     if config.add_meta:
         if model.config.meta_id is not None:
@@ -266,12 +269,6 @@ def open_model(config):
     if kind == "fresh":
         model = with_fresh_token(model, encoding.n_vocab + 1)
     mark = {"meta": model.config.meta_id, "fresh": encoding.n_vocab + 1, "text": encoding.encode_ordinary("#")[0], "none": None}
-    digest = hashlib.sha256()
-    for name, p in model.state_dict().items():
-        digest.update(name.encode() + p.contiguous().numpy().tobytes())
-    path = config.out_dir if config.init_from in ("resume", "scratch") else config.init_from
-    identity = {"path": path, "step": checkpoint and checkpoint["step"], "seed": checkpoint and checkpoint["settings"]["seed"],
-                "sha256_of_weights": digest.hexdigest()}
     return model, mark[kind], identity
 
 
@@ -287,14 +284,11 @@ def with_fresh_token(model, token):
 
 
 def possible_rows(model, mark):
-    """Which of ROWS can be measured."""
-    c, rows = model.config, {"full"}
-    if mark is not None:
-        rows.add("no_meta")
-    if mark is not None and mark == c.meta_id:
-        rows |= {"no_embed"} | ({"no_pos"} if c.pos != "none" else set()) | ({"no_meta_attention"} if c.meta_attention else set())
-        rows |= {"no_pos_meta"} if c.pos == "rope" and c.meta_attention else set()
-    return [row for row in ROWS if row in rows]
+    """What can be measured: the model as it is, without one of the meta-tokens' parts, and without the marks."""
+    c, is_meta = model.config, mark is not None and mark == model.config.meta_id
+    possible = {"full": True, "no_pos": is_meta and c.pos != "none", "no_pos_meta": is_meta and c.pos == "rope" and c.meta_attention,
+                "no_embed": is_meta, "no_meta_attention": is_meta and c.meta_attention, "no_meta": mark is not None}
+    return [row for row, is_possible in possible.items() if is_possible]
 
 
 @contextmanager
@@ -731,7 +725,7 @@ def main(argv=None):
     machine, names = train.Machine(config), TASKS if config.task == "all" else [config.task]
     try:
         with ProcessPoolExecutor(min(config.workers or prepare.cores(), 4), initializer=prepare.start_worker,
-                                 initargs=(config.tokenizer, 0.0)) as pool:
+                                 initargs=("bytes", 0.0)) as pool:  # each example names its tokenizer
             for task in names:
                 one = copy.copy(config)
                 one.task = task

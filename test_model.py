@@ -1213,7 +1213,8 @@ def test_impossible_tunings_are_refused_in_one_line(tmp_path, monkeypatch, args,
 def test_meta_tokens_are_added_for_fine_tuning(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
-    model, mark, _ = eval_synthetic.open_model(settings.load(["--init_from=plain.pt", "--add_meta"]))
+    (model, mark, identity), again = (eval_synthetic.open_model(settings.load(["--init_from=plain.pt", "--add_meta"])) for _ in range(2))
+    assert identity == again[2] and all(torch.equal(a, b) for a, b in zip(model.parameters(), again[0].parameters()))
     assert mark == model.config.meta_id == 257 and not model.transformer.h[0].meta_attn.c_proj.weight.any()
 
 
