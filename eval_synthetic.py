@@ -726,10 +726,13 @@ def main(argv=None):
     try:
         with ProcessPoolExecutor(min(config.workers or prepare.cores(), 4), initializer=prepare.start_worker,
                                  initargs=("bytes", 0.0)) as pool:  # each example names its tokenizer
-            for task in names:
-                one = copy.copy(config)
-                one.task = task
-                Run(one, pool, machine).go()
+            runs = []
+            for task in names:  # all are checked before the first begins
+                own = copy.copy(config)
+                own.task = task
+                runs.append(Run(own, pool, machine))
+            for run in runs:
+                run.go()
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command goes on") from None
     except BrokenExecutor:

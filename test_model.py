@@ -1194,6 +1194,7 @@ def test_bad_results_are_refused_in_one_line(tuned):
     (["--eval_lengths=128,many"], "eval_lengths=128,many: expected lengths in tokens"),
     (["--train_length=64"], "train_length=64 is too short: list_recall needs 83 tokens"),
     (["--eval_lengths=64", "--marker=none"], "eval_lengths=64 is too short: list_recall needs 83 tokens"),
+    (["--task=all", "--eval_lengths=128"], "eval_lengths=128 is too short: segment_counting needs 137 tokens"),
     (["--init_from=plain.pt"], "marker=meta, but the checkpoint has no meta-tokens"),
     (["--init_from=plain.pt", "--marker=text", "--zero_meta_pos"], "zero_meta_pos=True, but the checkpoint has no meta-tokens"),
     (["--init_from=plain.pt", "--marker=text", "--rows=full,no_pos"], "no_pos is not among what this model and marker allow: full"),

@@ -17,3 +17,7 @@ warmup_iters = 100
 log_interval = 50
 eval_interval = 500
 eval_iters = 128
+train_length = 256              # recall tasks: the window, and twice as much
+eval_lengths = "192,256,384,512"
+phase_steps = 600
+test_examples = 500
