@@ -670,7 +670,7 @@ def tables(panels):
                 seeds = f", {len(group)} seeds" if len(group) > 1 else ""
                 yield f"| {line}{seeds} | {what} | {group[0]['train_length']} | " + " | ".join(cells) + " |"
         if len(lines) > 1:
-            yield f"\nPaired differences on the same examples, in points (95% interval)\n\n| second minus first | | |{head}"
+            yield f"\nPaired differences on the same examples, in points (95% interval over examples)\n\n| second minus first | | |{head}"
         for a, b in itertools.combinations(lines, 2):
             cells = []
             for length in lengths:
