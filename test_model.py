@@ -995,8 +995,8 @@ def test_streams_are_functions_of_seed_split_length_and_number_and_share_no_exam
     assert prompts("train", reversed(range(30)), mark=None, placement="all") == forward[::-1]
     assert not set(forward) & set(prompts("train", range(30), seed=2))
     assert prompts("test", range(9)) == prompts("test", range(9), seed=2)
-    texts = {split: set(prompts(split, range(500), task="parity")) for split in eval_synthetic.SPLITS}
-    assert len(texts["train"]) == 500 and not texts["train"] & texts["test"] and not texts["train"] & texts["validation"]
+    texts = {split: set(prompts(split, range(250), task="parity")) for split in eval_synthetic.SPLITS}
+    assert len(texts["train"]) == 250 and not texts["train"] & texts["test"] and not texts["train"] & texts["validation"]
     assert {eval_synthetic.split_of(text) for text in texts["test"]} == {"test"}
 
 
@@ -1036,7 +1036,7 @@ def small_run(monkeypatch, task, mark=257):
     config = settings.load(["--device=cpu", "--dtype=float32", "--train_length=64", "--val_interval=1000", "--log_interval=1000",
                             "--task_warmup=10", "--weight_decay=0"])
     stream, machine = stream_of(task, mark), train.Machine(config)
-    validation = eval_synthetic.draw_split(Now(), stream, "validation", 64, 60)
+    validation = eval_synthetic.draw_split(Now(), stream, "validation", 64, 30)
     return SimpleNamespace(config=config, machine=machine, stream=stream, pool=Now(), phases=[64], validation=validation)
 
 
