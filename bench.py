@@ -226,7 +226,7 @@ def main(argv=None):
         shape = GPTConfig(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, vocab_size=512, meta_id=500)
     except ValueError as e:
         raise config.error(e) from None
-    print(f"{machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {asdict(shape)['n_layer']} layers, width "
+    print(f"{machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {shape.n_layer} layers, width "
           f"{shape.n_embd}, batch {config.batch_size}")
     print(f"{'':<12} {'':<44} {'tokens/s':>12} {'speed':>8} {'time':>8} {'spread':>6} {'memory':>10} {'MFU':>6}")
     rows = []

@@ -16,7 +16,6 @@ import math
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -247,10 +246,8 @@ def count_meta(model, x):
 
 def open_model(config):
     """(model, id of the mark, identity of the checkpoint), on the CPU. Raises SystemExit where they do not fit together."""
-    if config.origin.get("init_from") != "command line":
-        config.init_from = "resume"  # what the config's run has saved, not what it began with
     torch.manual_seed(config.seed)  # of the meta-attention that may be added
-    model, checkpoint = train.load_trained(config)
+    model, checkpoint = train.load_saved(config)
     digest = hashlib.sha256()
     for name, p in model.state_dict().items():
         digest.update(name.encode() + p.contiguous().numpy().tobytes())
@@ -402,7 +399,7 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
             scaler.load_state_dict(state["scaler"])
     torch._dynamo.config.cache_size_limit = 64  # a graph for each phase, and for few numbers of meta-tokens
     forward = torch.compile(model, dynamic=False) if machine.compile else model
-    started, stop, B = time.monotonic(), False, config.task_batch_size
+    started, B = time.monotonic(), config.task_batch_size
     first_step, length = step, None
 
     def clock():
@@ -418,12 +415,7 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
             "scaler": scaler.state_dict(), "settings": asdict(config), "step": step, "minutes": clock(), "history": history,
             "loss_sum": loss_sum.item(), "summed": summed, "run": run.identity, "lr": run.lr, "finished": bool(done)})
 
-    def ask_to_stop(number, frame):
-        nonlocal stop
-        stop = True
-        signal.signal(number, signal.SIG_DFL)  # the second time is final
-
-    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop_request = train.StopRequest()
     jobs = ((run.stream, "train", phase(s), range(s * B, (s + 1) * B)) for s in itertools.count(step))
     batches = prepare.ordered_map(run.pool, draw_batch, jobs, ahead=8)  # drawn by other processes meanwhile
     model.train()
@@ -441,7 +433,7 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
                   f"tokens {100 * token_accuracy:.1f}%, loss {loss:.3f}", flush=True)
             if save:
                 save_state()
-        if stop and not done:
+        if stop_request.asked and not done:
             if save:
                 save_state()
             raise SystemExit(f"stopped at step {step}; the same command goes on from " + ("there" if save else "the beginning"))
@@ -468,8 +460,7 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
             left = min(left, 60 * (minutes - clock())) if minutes else left
             print(f"step {step:>{len(str(steps))}}/{steps} | length {length} | loss {loss_sum.item() / summed:.4f} | "
                   f"ETA {train.duration(max(left, 0))}", flush=True)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    stop_request.restore()
     return history
 
 

@@ -13,7 +13,7 @@ import torch
 
 import config as settings
 from prepare import decode, get_tokenizer, inject, meta_per_block, meta_places
-from train import load_trained, pick_device
+from train import load_saved, pick_device
 
 
 def read_start(config):
@@ -45,9 +45,7 @@ def inject_prompt(tokens, config, meta_id):
 
 def run(config):
     device, dtype = pick_device(config)
-    if config.origin.get("init_from") != "command line":
-        config.init_from = "resume"  # what the config's run has saved, not what it began with
-    model, checkpoint = load_trained(config)
+    model, checkpoint = load_saved(config)
     for name in ("meta_rate", "meta_placement"):
         if checkpoint and not config.given(name):
             setattr(config, name, checkpoint["settings"][name])

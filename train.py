@@ -210,6 +210,13 @@ def evaluate(model, blocks, config, machine):
 # ----------------------------------------------------------------------------------------------------------------------
 # Model and checkpoints
 
+def load_saved(config):
+    """load_trained, of what the config's run has saved, not of what it began with; unless the command line names a model."""
+    if config.origin.get("init_from") != "command line":
+        config.init_from = "resume"
+    return load_trained(config)
+
+
 def load_trained(config):
     """(model, checkpoint) that init_from names, on the CPU: a checkpoint (the one in out_dir for 'resume' and 'scratch') or
     OpenAI's GPT-2, for which checkpoint is None. The config takes over architecture and tokenizer.
@@ -390,13 +397,33 @@ def learning_rate(config, step, minutes):
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * min(progress, 1))) * (config.learning_rate - config.min_lr)
 
 
+class StopRequest:
+    """Whether SIGINT or SIGTERM has asked to stop, until restore(). The second signal is final."""
+
+    def __init__(self):
+        self.asked = False
+        self.handlers = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def restore(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def no_meta_tokens(config):
+    return config.error(f"meta_attention={config.meta_attention} needs meta-tokens, but meta_rate={config.meta_rate}")
+
+
 def check_start(config, machine):
     """Refuses what would go wrong later."""
     if config.init_from == "scratch":
         if config.yarn_scale > 1:
             raise config.error(f"yarn_scale={config.yarn_scale} extends a trained model: name it with --init_from=")
         if config.meta_attention and config.meta_rate == 0:
-            raise config.error(f"meta_attention={config.meta_attention} needs meta-tokens, but meta_rate={config.meta_rate}")
+            raise no_meta_tokens(config)
         new_model_config(config, text_vocab_size=50257)
     if config.gradient_accumulation_steps % machine.world:
         raise config.error(f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not divisible by the "
@@ -433,7 +460,7 @@ def open_model(config, manifest, trained):
     if trained.config.meta_id is None and config.meta_rate > 0:
         return trained.with_meta_tokens(manifest["meta_id"], config.meta_attention)
     if trained.config.meta_id is None and config.meta_attention and config.given("meta_attention"):
-        raise config.error(f"meta_attention={config.meta_attention} needs meta-tokens, but meta_rate={config.meta_rate}")
+        raise no_meta_tokens(config)
     return trained
 
 
@@ -497,22 +524,14 @@ def train(config):
             raise SystemExit(f"error: the loss is {loss}, the gradient's norm {norm} at step {step}, learning rate {lr:.2e}: {good}; "
                              "try a lower --learning_rate")
 
-    stop = False
-
-    def ask_to_stop(number, frame):
-        nonlocal stop
-        stop = True
-        signal.signal(number, signal.SIG_DFL)  # the second time is final
-
-    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop_request = StopRequest()
     batches = prefetched(micro_batches(train_blocks, config, machine, step), machine.device)
     started = logged = time.monotonic()
     loss_sum, norm, lr = torch.zeros((), device=machine.device), 0.0, 0.0
     first_step = logged_step = step
     while True:
         minutes = minutes_before + (time.monotonic() - started) / 60
-        if machine.world > 1:  # all processes stop at the same step, and go by the same clock
-            stop, minutes = machine.all_reduce([stop, minutes], dist.ReduceOp.MAX)
+        stop, minutes = machine.all_reduce([stop_request.asked, minutes], dist.ReduceOp.MAX)  # all at the same step, by the same clock
         done = step >= config.max_iters or (config.max_minutes and minutes >= config.max_minutes)
 
         if step > logged_step and (step % config.log_interval == 0 or step % config.eval_interval == 0 or done or stop):
@@ -573,8 +592,7 @@ def train(config):
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    stop_request.restore()
     if machine.rank == 0 and not stop:
         print(f"\n{config.out_dir}: ckpt.pt, best.pt ({best:.4f}), log.jsonl, loss.png. A sample:\n")
         encoding = prepare.get_tokenizer(config.tokenizer)
