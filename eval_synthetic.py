@@ -203,24 +203,25 @@ def split_of(prompt):
     return ("train", "train", "validation", "test")[hashlib.blake2b(prompt.encode()).digest()[0] % 4]
 
 
-def draw(stream, split, length, number):
-    """Example `number` of a split, of up to `length` tokens and more than half as many. Validation and test are the same
-    for every seed."""
+def draw(stream, split, length, number, exactly=None):
+    """Example `number` of a split, of up to `length` tokens and more than half as many, or of `exactly` so many. Validation
+    and test are the same for every seed."""
+    shortest, longest = (exactly, exactly) if exactly else (length // 2 + 1, length)
     seed = [stream.seed if split == "train" else TEST_SEED, SPLITS.index(split), length, number]
     for attempt in itertools.count():
-        example = make_example(stream.task, length // 2 + 1, length, stream.placement, stream.mark,
+        example = make_example(stream.task, shortest, longest, stream.placement, stream.mark,
                                np.random.default_rng([*seed, attempt]), get_encoding(stream.tokenizer))
         if split_of(example.prompt) == split:
             return example
 
 
 def draw_batch(job):
-    stream, split, length, numbers = job
-    return [draw(stream, split, length, number) for number in numbers]
+    stream, split, length, numbers, exactly = job
+    return [draw(stream, split, length, number, exactly) for number in numbers]
 
 
 def draw_split(pool, stream, split, length, n):
-    jobs = [(stream, split, length, range(i, min(i + 32, n))) for i in range(0, n, 32)]
+    jobs = [(stream, split, length, range(i, min(i + 32, n)), None) for i in range(0, n, 32)]
     return [example for _, batch in prepare.ordered_map(pool, draw_batch, jobs, ahead=64) for example in batch]
 
 
@@ -415,9 +416,15 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
             "scaler": scaler.state_dict(), "settings": asdict(config), "step": step, "minutes": clock(), "history": history,
             "loss_sum": loss_sum.item(), "summed": summed, "run": run.identity, "lr": run.lr, "finished": bool(done)})
 
+    def job(step):
+        """The examples of a step are all of one length, so that there is next to no padding."""
+        longest = phase(step)
+        shortest = max(longest // 2 + 1, smallest(run.stream.task, get_encoding(run.stream.tokenizer)))
+        length = np.random.default_rng([config.seed, step]).integers(shortest, longest + 1)
+        return run.stream, "train", longest, range(step * B, (step + 1) * B), int(length)
+
     stop_request = train.StopRequest()
-    jobs = ((run.stream, "train", phase(s), range(s * B, (s + 1) * B)) for s in itertools.count(step))
-    batches = prepare.ordered_map(run.pool, draw_batch, jobs, ahead=8)  # drawn by other processes meanwhile
+    batches = prepare.ordered_map(run.pool, draw_batch, map(job, itertools.count(step)), ahead=8)  # drawn by other processes meanwhile
     model.train()
     while True:
         done = step >= steps or (minutes and clock() >= minutes)
@@ -439,8 +446,8 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
             raise SystemExit(f"stopped at step {step}; the same command goes on from " + ("there" if save else "the beginning"))
         if done:
             break
-        (_, _, length, _), examples = next(batches)
-        x, y = collate(examples, length, bucket=length if machine.compile else 64)
+        (_, _, length, _, _), examples = next(batches)
+        x, y = collate(examples, length, bucket=length if machine.compile else 16)
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(schedule, step, clock())
         if config.dropout > 0:
