@@ -1,0 +1,24 @@
+"""The models of README's study: small enough that two cores train and tune a dozen of them in an afternoon."""
+dataset = "study_meta"          # results/study.sh names the others: plain text, no meta-attention, one layer more
+source = "stdlib"
+tokenizer = "bytes"
+val_fraction = 0.05
+block_size = 256
+n_layer = 3
+n_head = 4
+n_embd = 128
+max_iters = 3000
+batch_size = 4
+gradient_accumulation_steps = 1
+learning_rate = 3e-3
+min_lr = 1e-4
+warmup_iters = 100
+log_interval = 100
+eval_interval = 1000
+eval_iters = 64
+train_length = 256              # the window; what is measured beyond it was never trained on
+eval_lengths = "128,192,256,384,512"
+phase_steps = 1000
+task_lr = 2e-3
+val_interval = 200
+test_examples = 400

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The study of README's "Results": pre-trains three models a seed, tunes each with every mark, measures, draws the figure.
+#
+#     results/study.sh                    # hours of two cores; SEEDS="1 2" and JOBS=4 change how many
+#
+# What is there already is not done again, and what was interrupted goes on where it was.
+set -e
+export CONFIG=${1:-config/study.py} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export OUT=out/$(basename "$CONFIG" .py)
+mkdir -p "$OUT"
+
+pretrain() {  # model seed settings...: the model $OUT/<model>_s<seed>
+    local out=$OUT/$1_s$2 resume=
+    [ -f "$out.done" ] && return
+    [ -f "$out/ckpt.pt" ] && resume=--init_from=resume
+    python train.py "$CONFIG" --out_dir="$out" --seed="$2" "${@:3}" $resume >> "$out.log" 2>&1
+    touch "$out.done"
+}
+
+tune() {  # model seed task placement marker label: results/<label>_<task>_<placement>_....json
+    python eval_synthetic.py "$CONFIG" --init_from="$OUT/$1_s$2" --out_dir="$OUT" --seed="$2" --task="$3" --placement="$4" \
+        --marker="$5" --label="$6" --workers=1 >> "$OUT/$1_$3_$4_$5_s$2.log" 2>&1
+}
+export -f pretrain tune
+
+together() {  # the commands of standard input, JOBS of them at a time
+    xargs -d '\n' -P "${JOBS:-2}" -I{} bash -c 'echo "$0"; eval "$0" || { echo "failed: $0"; exit 255; }' {}
+}
+
+for seed in ${SEEDS:-1 2 3}; do
+    together <<END
+pretrain gpt2 $seed --dataset=study_plain --meta_rate=0 --meta_attention=False
+pretrain meta $seed
+pretrain pause $seed --meta_attention=False
+END
+    together <<END
+tune gpt2 $seed list_recall task text 'B GPT-2, #'
+tune meta $seed list_recall task meta 'D meta'
+tune gpt2 $seed list_recall task fresh 'B GPT-2, fresh token'
+tune pause $seed list_recall task meta 'C pause'
+tune gpt2 $seed list_recall none none 'A GPT-2'
+END
+done
+for seed in ${SEEDS:-1 2 3}; do
+    together <<END
+tune gpt2 $seed list_recall all text 'B GPT-2, #'
+tune meta $seed list_recall all meta 'D meta'
+tune gpt2 $seed list_recall all fresh 'B GPT-2, fresh token'
+tune pause $seed list_recall all meta 'C pause'
+END
+done
+python eval_synthetic.py --plot results/?_*.json
