@@ -27,7 +27,7 @@ import eval_synthetic
 import prepare
 import sample
 import train
-from model import GPT, GPTConfig, load_checkpoint, pad_vocab, rope_frequencies
+from model import GPT, GPTConfig, LinearCrossEntropy, load_checkpoint, pad_vocab, rope_frequencies
 
 torch.set_num_threads(1)  # tiny models: two threads would wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -134,6 +134,24 @@ def test_model_equals_dense_masks_in_values_and_gradients(counts, changes):
         a, b = (torch.zeros(1) if g is None else g for g in (a, b))
         torch.testing.assert_close(a.expand_as(b) if a.numel() == 1 else a, b.expand_as(a) if b.numel() == 1 else b,
                                    rtol=1e-5, atol=1e-6, check_dtype=False, msg=name)
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 10**6])
+def test_the_loss_in_chunks_equals_cross_entropy_in_value_and_gradients(monkeypatch, chunk):
+    monkeypatch.setattr(LinearCrossEntropy, "CHUNK", chunk)
+    x, weight = torch.randn(23, 8, dtype=torch.float64, requires_grad=True), torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(-1, 11, (23,))
+    ours, theirs = LinearCrossEntropy.apply(x, weight, targets, True), F.cross_entropy(x @ weight.t(), targets, ignore_index=-1)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(3 * ours, (x, weight)), torch.autograd.grad(3 * theirs, (x, weight))):
+        torch.testing.assert_close(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = LinearCrossEntropy.apply(x.float(), weight.float(), targets, True)
+        reference = F.cross_entropy(F.linear(x.float(), weight.float()).float(), targets, ignore_index=-1)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, reference)
+        a, b = (torch.autograd.grad(value, x)[0] for value in (loss, reference))
+        torch.testing.assert_close(a, b, rtol=0.03, atol=2e-3)
 
 
 def test_no_token_sees_a_later_one():
