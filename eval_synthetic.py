@@ -42,6 +42,7 @@ GENERATED = 256                      # examples that are also generated freely
 SOLVED = 0.99                        # exact match on validation at which stop_solved stops
 TEST_SEED = 0                        # of validation and test: the same examples for every run, so that runs can be compared
 SPLITS = ("train", "validation", "test")
+T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, by number of seeds
 MARK = "\0"                          # where a mark may stand, in the templates below
 
 # Common words of three letters: each a single token of GPT-2's BPE behind a space, and four bytes, so that the length of a
@@ -492,7 +493,8 @@ class Run:
                 raise config.error(f"rows={config.rows}: {row} is not among what this model and marker allow: {', '.join(possible)}")
         shorter = [FIRST_PHASE << i for i in range(24) if smallest(config.task, encoding) <= FIRST_PHASE << i < config.train_length]
         self.phases = [*shorter, config.train_length]
-        self.label = config.label or f"{os.path.basename(os.path.normpath(self.pretrained['path'])).removesuffix('.pt')} {self.marker}"
+        marked = {"meta": "with meta-tokens", "fresh": "with a fresh token", "text": "with #", "none": "without marks"}[self.marker]
+        self.label = config.label or f"{os.path.basename(os.path.normpath(self.pretrained['path'])).removesuffix('.pt')} {marked}"
         self.name = re.sub(r"[^\w.-]+", "_", f"{self.label}_{config.task}_{self.placement}_{self.marker}_"
                                               f"{config.train_length}_s{self.pretrained['seed']}_{config.seed}")
         self.result, self.checkpoint = f"results/{self.name}.json", os.path.join(config.out_dir, f"{self.name}.pt")
@@ -619,11 +621,12 @@ def merge(results):
             there, first = tests.setdefault((result["task"], length), (test["sha256_of_prompts"], path))
             if there != test["sha256_of_prompts"]:
                 raise SystemExit(f"error: {path} and {first} were measured on different test examples of {result['task']} at {length}")
-        line = f"{result['label']}, marks: {result['placement']}"
+        line = result["label"] + (f", marks: {result['placement']}" if result["placement"] != "none" else "")
         group = panels.setdefault(result["task"], {}).setdefault(line, [])
         if group and group[0]["train_length"] != result["train_length"]:
             raise SystemExit(f"error: {path}: '{line}' has results of different training lengths: give them different --label=")
         group.append(result)
+        group.sort(key=lambda result: str(result["seeds"]))
     return {task: panels[task] for task in TASKS if task in panels}
 
 
@@ -635,9 +638,13 @@ def correct_of(group, length, row="full", by="teacher forcing"):
 
 
 def paired_difference(a, b):
-    """Mean of b - a over the same examples, each seed-averaged, and its 95% interval by the normal approximation."""
-    difference = b.mean(0) - a.mean(0)
-    half = 1.96 * difference.std(ddof=1) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
+    """Mean of b - a, float (seeds, n) each, on the same examples, and its 95% interval: over seeds (Student's t) where both have
+    as many of them, else over examples (normal approximation)."""
+    by_seed = len(a) == len(b) > 1
+    difference = (b - a).mean(1) if by_seed else b.mean(0) - a.mean(0)
+    if len(difference) < 2:
+        return difference.mean(), -math.inf, math.inf
+    half = (T_975.get(len(difference), 2.26) if by_seed else 1.96) * difference.std(ddof=1) / math.sqrt(len(difference))
     return difference.mean(), difference.mean() - half, difference.mean() + half
 
 
@@ -678,6 +685,12 @@ def tables(panels):
             yield f"| {b} - {a} | | | " + " | ".join(cells) + " |"
 
 
+def curve(ax, x, seeds, style):
+    """The mean over seeds in %, and a band from the lowest to the highest."""
+    ax.plot(x, [100 * s.mean() for s in seeds], **style)
+    ax.fill_between(x, [100 * s.min() for s in seeds], [100 * s.max() for s in seeds], color=style["color"], alpha=0.2, linewidth=0)
+
+
 def plot(paths):
     """results/synthetic.png, and the tables on the terminal. bench.py's files, which lie beside ours, are passed over."""
     paths = [path for path in paths if not os.path.basename(path).startswith("bench_")]
@@ -687,25 +700,31 @@ def plot(paths):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, len(panels), figsize=(1.5 + 4.5 * len(panels), 4.5), layout="constrained", squeeze=False)
-    colors = {line: f"C{i}" for i, line in enumerate(dict.fromkeys(line for lines in panels.values() for line in lines))}
-    for ax, (task, lines) in zip(axes[0], panels.items()):
+    figure, axes = plt.subplots(len(panels), 2, figsize=(11, 0.8 + 4 * len(panels)), layout="constrained", squeeze=False)
+    labels = list(dict.fromkeys(group[0]["label"] for lines in panels.values() for group in lines.values()))
+    for (test, tuning), (task, lines) in zip(axes, panels.items()):
         for line, group in lines.items():
+            style = {"color": f"C{labels.index(group[0]['label'])}", "marker": "o", "markersize": 3, "label": line,
+                     "linestyle": {"task": "-", "all": "--", "random": ":", "none": "-."}[group[0]["placement"]]}
             lengths = sorted({row["length"] for result in group for row in result["rows"] if "exact" in row})
-            seeds = [100 * correct_of(group, length).mean(1) for length in lengths]
-            ax.plot(lengths, [s.mean() for s in seeds], marker="o", markersize=4, color=colors[line], label=line)
-            ax.fill_between(lengths, [s.min() for s in seeds], [s.max() for s in seeds], color=colors[line], alpha=0.2, linewidth=0)
+            curve(test, lengths, [correct_of(group, length).mean(1) for length in lengths], style)
+            steps = sorted(set.intersection(*({point["step"] for point in result["validation"]} for result in group)))
+            exact = [{point["step"]: point["exact"] for point in result["validation"]} for result in group]
+            curve(tuning, steps, [np.array([seed[step] for seed in exact]) for step in steps], style)
         every = [result for group in lines.values() for result in group]
-        chance = {int(length): 100 * test["chance"] for result in every for length, test in result["tests"].items()}
-        ax.plot(*zip(*sorted(chance.items())), color="gray", linestyle="--", label="chance")
+        chance = {int(length): 100 * facts["chance"] for result in every for length, facts in result["tests"].items()}
+        test.plot(*zip(*sorted(chance.items())), color="gray", linewidth=1, label="chance")
         for i, length in enumerate(sorted({result["train_length"] for result in every})):
-            ax.axvline(length, color="gray", linestyle=":", label="training length" if i == 0 else None)
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(sorted(chance), labels=map(str, sorted(chance)))
-        ax.minorticks_off()
-        ax.set(title=task.replace("_", " "), xlabel="evaluation length (tokens)", ylabel="exact match (%)", ylim=(-3, 103))
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize="small")
+            test.axvline(length, color="gray", linestyle=":", label="training length" if i == 0 else None)
+        test.set_xscale("log", base=2)
+        test.set_xticks(sorted(chance), labels=map(str, sorted(chance)))
+        test.minorticks_off()
+        test.set(title=f"{task.replace('_', ' ')}, test", xlabel="evaluation length (tokens)", ylabel="exact match (%)", ylim=(-3, 103))
+        tuning.set(title=f"{task.replace('_', ' ')}, validation at the training length", xlabel="fine-tuning step", ylim=(-3, 103))
+        for ax in (test, tuning):
+            ax.grid(alpha=0.3)
+    entries = {name: line for ax in axes[:, 0] for line, name in zip(*ax.get_legend_handles_labels())}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3, fontsize="small")
     os.makedirs("results", exist_ok=True)
     figure.savefig("results/synthetic.png.tmp", format="png", dpi=120)
     plt.close(figure)
@@ -725,9 +744,10 @@ def main(argv=None):
         with ProcessPoolExecutor(min(config.workers or prepare.cores(), 4), initializer=prepare.start_worker,
                                  initargs=("bytes", 0.0)) as pool:  # each example names its tokenizer
             runs = []
-            for task in names:  # all are checked before the first begins
+            for task, marker in itertools.product(names, config.marker.split(",")):  # all are checked before the first begins
                 own = copy.copy(config)
-                own.task = task
+                own.task, own.marker = task, marker
+                own.label = f"{config.label} {marker}" if config.label and marker != config.marker else config.label
                 runs.append(Run(own, pool, machine))
             for run in runs:
                 run.go()

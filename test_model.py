@@ -1108,6 +1108,8 @@ def test_intervals_are_the_known_ones():
     a, b = np.array([[0, 0, 1, 1, 0.0]]), np.array([[1, 0, 1, 1, 1.0], [1, 0, 1, 1, 0.0]])
     mean, low, high = eval_synthetic.paired_difference(a, b)
     assert mean == pytest.approx(0.3) and (high - low) / 2 == pytest.approx(1.96 * np.std([1, 0, 0, 0, 0.5], ddof=1) / 5**0.5)
+    mean, low, high = eval_synthetic.paired_difference(np.array([[0.0, 1], [0, 0], [1, 0]]), np.array([[1.0, 1], [0, 0], [1, 1]]))
+    assert mean == pytest.approx(1 / 3) and (high - low) / 2 == pytest.approx(4.30 * np.std([0.5, 0, 0.5], ddof=1) / 3**0.5)
 
 
 def save_model(path, **changes):
@@ -1157,7 +1159,7 @@ def tuned(tmp_path, monkeypatch, capsys):
     save_model("ape.pt", pos="absolute", block_size=192)
     save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
     eval_synthetic.main(["--init_from=ape.pt", *TUNE, "--task_lr=1e-3", "--task=all"])
-    for marker, seed in (("none", 1), ("none", 2), ("fresh", 1)):
+    for marker, seed in (("none,fresh", 1), ("none", 2)):
         eval_synthetic.main(["--init_from=plain.pt", *TUNE, "--task_lr=1e-3", "--placement=all", f"--marker={marker}", f"--seed={seed}"])
     return sorted(glob.glob("results/*.json"))
 
@@ -1166,7 +1168,7 @@ def test_runs_are_measured_tabled_and_drawn(tuned, capsys):
     assert len(tuned) == 7
     by_task = {result["task"]: result for result in map(eval_synthetic.read_result, tuned)}
     assert {row["by"] for row in by_task["copying"]["rows"] if "by" in row} == {"teacher forcing", "generation"}
-    ape = eval_synthetic.read_result("results/ape_meta_list_recall_task_meta_192_s5_1337.json")
+    ape = eval_synthetic.read_result("results/ape_with_meta-tokens_list_recall_task_meta_192_s5_1337.json")
     assert [row["row"] for row in ape["rows"]] == ["full", "no_pos", "no_embed", "no_meta_attention", "no_meta", "full"]
     assert ape["rows"][-1]["impossible"] == "learned positions end at 192" and ape["rows"][-2]["out_of_distribution"]
     assert ape["pretrained"]["step"] == 7 and ape["seeds"]["pretraining"] == 5
@@ -1176,7 +1178,8 @@ def test_runs_are_measured_tabled_and_drawn(tuned, capsys):
     eval_synthetic.main(["--plot", *tuned, "results/bench_cpu.json"])
     printed = capsys.readouterr().out
     assert open("results/synthetic.png", "rb").read(4) == b"\x89PNG"
-    assert "| chance |" in printed and "plain none, marks: none - plain fresh, marks: all" in printed and ", 2 seeds" in printed
+    assert "| chance |" in printed and "| plain without marks, 2 seeds |" in printed
+    assert "| plain without marks - plain with a fresh token, marks: all |" in printed
     widths = {(block, line.count("|")) for block, part in enumerate(printed.split("\n\n")) for line in part.splitlines() if "|" in line}
     assert len(widths) == len({block for block, _ in widths})  # every table has one width
     eval_synthetic.main(["--init_from=ape.pt", *TUNE, "--task_lr=1e-3"])

@@ -84,7 +84,7 @@ class Config:
     # Synthetic tasks
     task: str = "list_recall"           # 'list_recall', 'segment_counting', 'parity', 'copying', or 'all' of them in turn
     placement: str = "task"             # marks at what is asked for ('task', the paper's), at all there is to ask, 'random', or 'none'
-    marker: str = "meta"                # the mark: the meta-token, a 'fresh' token unknown to pre-training, '#' ('text'), or 'none'
+    marker: str = "meta"                # the mark: 'meta', 'fresh' (new to the model), 'text' (#), 'none'; or several (comma-separated)
     add_meta: bool = False              # give a checkpoint without meta-tokens some, and meta-attention that starts at zero
     train_length: int = 1024            # longest examples of fine-tuning, in tokens; the curriculum is 64, 128, ... up to it
     eval_lengths: str = "128,256,512,1024,2048"  # lengths to measure at: examples of up to so many tokens, and over half as many
@@ -227,8 +227,9 @@ def convert(value, kind, from_text):
 def check(config):
     """Refuses values and combinations that no script can use; GPTConfig refuses the rest."""
     for name, choices in CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise config.error(f"{name}={getattr(config, name)}: expected one of {', '.join(choices)}")
+        value = getattr(config, name)
+        if not set(value.split(",") if name == "marker" else [value]) <= set(choices):
+            raise config.error(f"{name}={value}: expected one of {', '.join(choices)}")
     for name in POSITIVE + NOT_NEGATIVE:
         value = getattr(config, name)
         if value < 0 or (value == 0 and name in POSITIVE):
