@@ -2,7 +2,7 @@
 
     python bench.py                                       # everything that this machine can
     python bench.py --what=meta,generation
-    python bench.py --n_layer=12 --n_embd=768 --n_head=12 --batch_size=12
+    python bench.py --gpu                                 # GPT-2's size, vocabulary and window, beside nanoGPT's way to run it
 
 Prints a table and writes results/bench_<device>.json. Rows of a group take turns, so that a machine that slows down
 slows them all, and each reports the best of its rounds: what disturbs a measurement only ever adds to it.
@@ -18,13 +18,14 @@ import tempfile
 import time
 from dataclasses import asdict, replace
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 import config as settings
 import prepare
-from model import GPT, GPTConfig, MetaAttention, rotate
-from train import Machine
+from model import GPT, GPTConfig, LinearCrossEntropy, MetaAttention, rotate
+from train import Blocks, Machine, micro_batches, prefetched
 
 ROUNDS = 7
 
@@ -112,23 +113,33 @@ def print_row(row):
           f"{100 * row['spread']:>5.0f}% {memory:>10} {mfu:>6}", flush=True)
 
 
-def training_step(config, machine, batch_size, compiled, precise=False, make_dense=False):
+def loss_of_all_logits(model, x, y):
+    """The loss as nanoGPT computes it: what the chunks of LinearCrossEntropy are measured against."""
+    return F.cross_entropy(model(x)[0].flatten(0, 1).float(), y.flatten(), ignore_index=-1)
+
+
+def training_step(config, machine, batch_size, compiled, precise=False, make_dense=False, all_logits=False):
     """A function that takes one optimiser step of a model on random tokens with meta-tokens among them."""
     torch.manual_seed(0)
     model = GPT(config).to(machine.device)
     model = dense(model) if make_dense else model
     optimizer = model.configure_optimizer(1e-4)
-    run = torch.compile(model) if compiled else model
     T, n_meta = config.block_size, prepare.meta_per_block(0.1, config.block_size)
+
+    def loss_of(x, y):
+        return loss_of_all_logits(model, x, y) if all_logits else model(x, y, n_meta=n_meta)[1]
+
+    run = torch.compile(loss_of, dynamic=False) if compiled else loss_of
     tokens = torch.randint(0, config.text_vocab_size, (batch_size, T + 1))
-    for row in tokens:
-        row[1 + torch.randperm(T - 1)[:n_meta]] = config.meta_id
+    if config.meta_id is not None:
+        for row in tokens:
+            row[1 + torch.randperm(T - 1)[:n_meta]] = config.meta_id
     x, y = tokens[:, :-1].to(machine.device), tokens[:, 1:].to(machine.device)
     flops = model.flops_per_token(T, n_meta) * x.numel()
 
     def step():
         with torch.autocast(machine.type, machine.dtype, enabled=not precise and machine.dtype != torch.float32):
-            loss = run(x, y, n_meta=n_meta)[1]
+            loss = run(x, y)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -138,7 +149,16 @@ def training_step(config, machine, batch_size, compiled, precise=False, make_den
 
 
 def training(config, shape, machine):
-    """Optimiser steps of the shape at block 256, against float32 eager."""
+    """Optimiser steps: on a CPU at block 256 against float32 eager; on a GPU, plain text at block 1024 against nanoGPT's way."""
+    if config.gpu:
+        plain = replace(shape, meta_id=None, meta_attention=False)
+        return compare("training", {
+            "GPT-2 as nanoGPT runs it, micro-batch 12": training_step(
+                replace(plain, pos="absolute"), machine, 12, compiled=True, all_logits=True),
+            f"GPT-2, micro-batch {config.batch_size}": training_step(
+                replace(plain, pos="absolute"), machine, config.batch_size, compiled=True),
+            f"GPT-2 with RoPE, micro-batch {config.batch_size}": training_step(plain, machine, config.batch_size, compiled=True),
+            f"Meta+RoPE, micro-batch {config.batch_size}": training_step(shape, machine, config.batch_size, compiled=True)}, machine)
     shape, dtype = replace(shape, block_size=256), str(machine.dtype).removeprefix("torch.")
     variants = {"float32, eager": training_step(shape, machine, config.batch_size, compiled=False, precise=True)}
     if machine.dtype != torch.float32:
@@ -149,9 +169,8 @@ def training(config, shape, machine):
 
 def meta(config, shape, machine):
     """What meta-attention costs at block 1024, k = 0.1: the compact form and the dense mask, against none."""
-    shape, rows, batch = replace(shape, block_size=1024), [], max(config.batch_size // 4, 1)
-    without = replace(shape, meta_attention=False)
-    for compiled in (False, True):
+    without, rows, batch = replace(shape, meta_attention=False), [], config.batch_size if config.gpu else max(config.batch_size // 4, 1)
+    for compiled in (True,) if config.gpu else (False, True):
         how = "compiled" if compiled else "eager"
         rows += compare("meta", {
             f"no meta-attention, {how}": training_step(without, machine, batch, compiled),
@@ -161,21 +180,86 @@ def meta(config, shape, machine):
     return rows
 
 
-def generation(config, shape, machine):
-    """500 text tokens from a prompt of one, batch 1; per text token, and per position fed."""
+def loss(config, shape, machine):
+    """Forward and backward of the loss over GPT-2's vocabulary: all logits at once, and in chunks."""
     torch.manual_seed(0)
-    model = GPT(replace(shape, block_size=1024)).to(machine.device, machine.dtype).eval()
-    prompt = torch.zeros(1, 1, dtype=torch.long, device=machine.device)
+    tokens = 24 * 1024 if config.gpu else 8 * 1024
+    head = torch.nn.Linear(shape.n_embd, 50304, bias=False, device=machine.device)
+    x = torch.randn(tokens, shape.n_embd, device=machine.device, requires_grad=True)
+    y = torch.randint(0, 50257, (tokens,), device=machine.device)
 
-    def draw(per_position=False, **options):
+    def work(function):
+        run = torch.compile(function) if machine.compile else function
+
+        def step():
+            with machine.autocast():
+                run().backward()
+            x.grad = head.weight.grad = None
+            return tokens, None
+        return step
+
+    return compare("loss", {"all logits at once": work(lambda: F.cross_entropy(head(x).float(), y)),
+                            "in chunks": work(lambda: LinearCrossEntropy.apply(x, head.weight, y, True))}, machine, rounds=3)
+
+
+def memory(config, shape, machine):
+    """Bytes that a token takes in training, from the peaks of two micro-batches, and the largest that the device holds."""
+    small, large = (training_step(shape, machine, n, compiled=machine.compile) for n in (2, 4))
+    rows = compare("memory", {"Meta+RoPE, micro-batch 2": small, "Meta+RoPE, micro-batch 4": large}, machine, rounds=2)
+    per_token = (rows[1]["peak_bytes"] - rows[0]["peak_bytes"]) / (2 * shape.block_size)
+    fixed = rows[0]["peak_bytes"] - 2 * shape.block_size * per_token
+    device = torch.cuda.get_device_properties(machine.device).total_memory
+    largest = int((device - fixed) / per_token / shape.block_size)
+    print(f"{'memory':<12} {per_token / 1024:,.0f} KB a token and {fixed / 2**20:,.0f} MB: a micro-batch of {largest} "
+          f"in {device / 2**30:.0f} GiB")
+    return rows + [{"group": "memory", "variant": "Meta+RoPE", "bytes_per_token": per_token, "fixed_bytes": fixed,
+                    "device_bytes": device, "largest_micro_batch": largest}]
+
+
+def reading(config, shape, machine):
+    """Shuffled blocks of 1024 from disk through train.py's loader: from the page cache, and with the cache dropped before."""
+    T, n_blocks, batch = 1024, 20_000, 24
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        os.makedirs("data/d")
+        tokens = np.random.default_rng(0).integers(0, 50257, n_blocks * T + 1).astype(np.uint16)
+        tokens.tofile("data/d/train_00000.bin")
+        own = settings.load(["--dataset=d", f"--batch_size={batch}", "--gradient_accumulation_steps=1"])
+        manifest = {"block_size": T, "meta_id": 50257, "meta_per_block": 0,
+                    "splits": {"train": {"shards": [{"file": "train_00000.bin", "tokens": n_blocks * T}]}}}
+        blocks = Blocks(own, manifest, "train")
+
+        def read(cold):
+            if cold and hasattr(os, "posix_fadvise"):
+                with open("data/d/train_00000.bin", "rb") as file:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            batches = prefetched(micro_batches(blocks, own, machine, 0), machine.device)
+            for _ in range(100):
+                next(batches)
+            return 100 * batch * T, None
+
+        return compare("reading", {"page cache warm": lambda: read(False), "page cache cold": lambda: read(True)}, machine, rounds=3)
+
+
+def generation(config, shape, machine):
+    """500 text tokens from a prompt of one: per text token, per position fed, several at a time, and the first alone."""
+    torch.manual_seed(0)
+    model = GPT(shape).to(machine.device, machine.dtype).eval()
+
+    def draw(per_position=False, batch=1, prompt=1, new=500, **options):
+        start = torch.zeros(batch, prompt, dtype=torch.long, device=machine.device)
+
         def work():
-            tokens = model.generate(prompt, 500, seed=0, **options)
-            return tokens.size(1) - 1 if per_position else 500, None
+            tokens = model.generate(start, new, seed=0, **options)
+            return batch * (tokens.size(1) - prompt if per_position else new), None
         return work
 
     rows = compare("generation", {"no cache": draw(use_cache=False), "KV cache": draw()}, machine, rounds=2)
-    return rows + compare("generation", {"KV cache, text only": draw(), "with meta-tokens, per text token": draw(meta_rate=0.1),
-                                         "with meta-tokens, per position fed": draw(per_position=True, meta_rate=0.1)}, machine)
+    rows += compare("generation", {"KV cache, text only": draw(), "with meta-tokens, per text token": draw(meta_rate=0.1),
+                                   "with meta-tokens, per position fed": draw(per_position=True, meta_rate=0.1)}, machine,
+                    rounds=3 if config.gpu else ROUNDS)
+    rows += compare("generation", {f"batch {n}": draw(batch=n) for n in (1, 8, 64)}, machine, rounds=2) if config.gpu else []
+    return rows + compare("first token", {f"of a prompt of {n}": draw(prompt=n, new=1) for n in (1, 512)}, machine)
 
 
 def count_tokens(text):
@@ -214,16 +298,20 @@ def preparation(config, shape, machine):
 
 def main(argv=None):
     config = settings.load(argv)
-    every = {part.__name__: part for part in (training, meta, generation, preparation)}
+    every = {part.__name__: part for part in (training, meta, loss, generation, reading, memory if config.gpu else preparation)}
     names = every if config.what == "all" else config.what.split(",")
     if unknown := set(names) - every.keys():
         raise config.error(f"what={config.what}: no part {', '.join(sorted(unknown))}; there are {', '.join(every)}")
-    for name, value in {"n_layer": 6, "n_head": 6, "n_embd": 384, "batch_size": 8}.items():
+    size = {"batch_size": 24} if config.gpu else {"n_layer": 6, "n_head": 6, "n_embd": 384, "batch_size": 8}
+    for name, value in size.items():
         if not config.given(name):
             setattr(config, name, value)
     machine = Machine(config)
+    if config.gpu and machine.type != "cuda":
+        raise config.error(f"gpu={config.gpu}, but the device is {machine.type}: leave it out")
+    vocabulary = {} if config.gpu else {"vocab_size": 512, "meta_id": 500}
     try:
-        shape = GPTConfig(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, vocab_size=512, meta_id=500)
+        shape = GPTConfig(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, **vocabulary)
     except ValueError as e:
         raise config.error(e) from None
     print(f"{machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {shape.n_layer} layers, width "

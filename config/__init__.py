@@ -102,7 +102,8 @@ class Config:
     plot: bool = False                  # draw and tabulate the results named behind it
 
     # Benchmark
-    what: str = "all"                   # 'training', 'meta', 'generation', 'preparation', several of them (comma-separated), or 'all'
+    what: str = "all"                   # 'training', 'meta', 'loss', 'generation', 'reading', ...: several (comma-separated), or 'all'
+    gpu: bool = False                   # GPT-2's size and vocabulary on a GPU, beside nanoGPT's way to run it
 
     def __post_init__(self):
         self.origin = {}  # where each setting was given: 'config/x.py:3' or 'command line'; absent: the default
