@@ -57,6 +57,8 @@ class Machine:
         if self.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+        if self.type == "cpu" and self.world > 1:  # the processes of a machine share its cores
+            torch.set_num_threads(max(prepare.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", self.world)), 1))
         if self.world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.type == "cuda" else "gloo")
 
