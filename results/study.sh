@@ -17,9 +17,9 @@ pretrain() {  # model seed settings...: the model $OUT/<model>_s<seed>
     touch "$out.done"
 }
 
-tune() {  # model seed task placement marker label: results/<label>_<task>_<placement>_....json
+tune() {  # model seed task placement marker label settings...: results/<label>_<task>_<placement>_....json
     python eval_synthetic.py "$CONFIG" --init_from="$OUT/$1_s$2" --out_dir="$OUT" --seed="$2" --task="$3" --placement="$4" \
-        --marker="$5" --label="$6" --workers=1 >> "$OUT/$1_$3_$4_$5_s$2.log" 2>&1
+        --marker="$5" --label="$6" --workers=1 "${@:7}" >> "$OUT/$1_$3_$4_$5_s$2$7.log" 2>&1
 }
 export -f pretrain tune
 
@@ -28,25 +28,21 @@ together() {  # the commands of standard input, JOBS of them at a time
 }
 
 for seed in ${SEEDS:-1 2 3}; do
-    together <<END
-pretrain gpt2 $seed --dataset=study_plain --meta_rate=0 --meta_attention=False
-pretrain meta $seed
-pretrain pause $seed --meta_attention=False
-END
-    together <<END
-tune gpt2 $seed list_recall task text 'B GPT-2, #'
-tune meta $seed list_recall task meta 'D meta'
-tune gpt2 $seed list_recall task fresh 'B GPT-2, fresh token'
-tune pause $seed list_recall task meta 'C pause'
-tune gpt2 $seed list_recall none none 'A GPT-2'
-END
-done
-for seed in ${SEEDS:-1 2 3}; do
-    together <<END
-tune gpt2 $seed list_recall all text 'B GPT-2, #'
-tune meta $seed list_recall all meta 'D meta'
-tune gpt2 $seed list_recall all fresh 'B GPT-2, fresh token'
-tune pause $seed list_recall all meta 'C pause'
-END
-done
+    echo "pretrain gpt2 $seed --dataset=study_plain --meta_rate=0 --meta_attention=False"
+    echo "pretrain meta $seed"
+    echo "pretrain pause $seed --meta_attention=False"
+    echo "pretrain deep $seed --dataset=study_plain --meta_rate=0 --meta_attention=False --n_layer=4"
+done | together
+
+for placement in task all; do
+    for seed in ${SEEDS:-1 2 3}; do
+        echo "tune gpt2 $seed list_recall $placement text 'B GPT-2, #'"
+        echo "tune meta $seed list_recall $placement meta 'D meta'"
+        echo "tune gpt2 $seed list_recall $placement fresh 'B GPT-2, fresh token'"
+        echo "tune pause $seed list_recall $placement meta 'C pause'"
+        [ $placement = task ] && echo "tune gpt2 $seed list_recall none none 'A GPT-2'"
+        echo "tune gpt2 $seed list_recall $placement meta 'E GPT-2, meta added' --add_meta"
+        echo "tune deep $seed list_recall $placement fresh 'F GPT-2 of 4 layers, fresh token'"
+    done
+done | together
 python eval_synthetic.py --plot results/?_*.json
