@@ -531,9 +531,11 @@ def train(config):
     started = logged = time.monotonic()
     loss_sum, norm, lr = torch.zeros((), device=machine.device), 0.0, 0.0
     first_step = logged_step = step
+    stop, minutes = False, minutes_before
     while True:
-        minutes = minutes_before + (time.monotonic() - started) / 60
-        stop, minutes = machine.all_reduce([stop_request.asked, minutes], dist.ReduceOp.MAX)  # all at the same step, by the same clock
+        if machine.world == 1 or step % config.log_interval == 0:  # all stop at the same step, by the same clock
+            minutes = minutes_before + (time.monotonic() - started) / 60
+            stop, minutes = machine.all_reduce([stop_request.asked, minutes], dist.ReduceOp.MAX)
         done = step >= config.max_iters or (config.max_minutes and minutes >= config.max_minutes)
 
         if step > logged_step and (step % config.log_interval == 0 or step % config.eval_interval == 0 or done or stop):

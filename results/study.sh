@@ -27,11 +27,15 @@ together() {  # the commands of standard input, JOBS of them at a time
     xargs -d '\n' -P "${JOBS:-2}" -I{} bash -c 'echo "$0"; eval "$0" || { echo "failed: $0"; exit 255; }' {}
 }
 
+plain="--dataset=study_plain --meta_rate=0 --meta_attention=False"
+python prepare.py "$CONFIG"
+python prepare.py "$CONFIG" $plain
+
 for seed in ${SEEDS:-1 2 3}; do
-    echo "pretrain gpt2 $seed --dataset=study_plain --meta_rate=0 --meta_attention=False"
+    echo "pretrain gpt2 $seed $plain"
     echo "pretrain meta $seed"
     echo "pretrain pause $seed --meta_attention=False"
-    echo "pretrain deep $seed --dataset=study_plain --meta_rate=0 --meta_attention=False --n_layer=4"
+    echo "pretrain deep $seed $plain --n_layer=4"
 done | together
 
 for placement in task all; do
