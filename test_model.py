@@ -22,6 +22,7 @@ import tiktoken
 import torch
 from torch.nn import functional as F
 
+import analyze
 import config as settings
 import eval_synthetic
 import prepare
@@ -1488,3 +1489,300 @@ def test_a_refusal_is_one_line_and_a_non_zero_exit(tmp_path):
         result = script(name, "--blok_size=3", cwd=tmp_path)
         assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1
         assert result.stderr.startswith("error: ") and not os.listdir(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# analyze.py
+
+@pytest.mark.parametrize("scores", [1 << 24, 100], ids=["at once", "in chunks"])
+@pytest.mark.parametrize("changes", [
+    {}, {"bias": True}, {"pos": "none"}, {"pos": "absolute"}, {"yarn_scale": 4.0, "original_block_size": 16},
+    {"zero_meta_pos": True}, {"pos": "absolute", "zero_meta_pos": True}], ids=str)
+def test_analysis_sees_the_attention_that_the_fast_path_computes(changes, scores, monkeypatch):
+    monkeypatch.setattr(analyze, "SCORES", scores)
+    model, idx, inputs, outputs = build(**changes), text_with_meta((4, 7)), [], []
+    blocks = model.transformer.h
+    handles = [getattr(block, name).c_proj.register_forward_hook(lambda module, args, y: outputs.append(y))
+               for name in ("attn", "meta_attn") for block in blocks]
+    analyze.read(model, idx, analyze.on_causal_attention(model, lambda *args: inputs.append(args)),
+                 analyze.on_meta_attention(model, lambda *args: inputs.append(args)))
+    for handle in handles:
+        handle.remove()
+    assert len(inputs) == len(outputs) == 2 * len(blocks)
+    for (module, x, rope), y in zip(inputs, outputs):
+        chunks = list(analyze.attention_rows(module, x, rope))
+        assert len(chunks) > 1 or scores > 100
+        v = module.c_attn(x).chunk(3, -1)[2].view(*x.shape[:2], module.n_head, -1).transpose(1, 2)
+        rows = torch.cat([logits.softmax(-1) @ v[:, :, :rows.stop] for rows, logits in chunks], 2)
+        assert torch.allclose(module.c_proj(rows.transpose(1, 2).reshape(x.shape)), y)
+
+
+def test_capture_leaves_the_model_as_it_was():
+    model, idx = build(), text_with_meta((4, 7))
+    before, states, residual = model(idx)[0], [], []
+    analyze.read(model, idx, analyze.on_final(model, states.append), analyze.on_residual(model, residual.append))
+    assert torch.equal(model(idx)[0], before) and len(residual) == 3 and torch.equal(residual[-1], states[0])
+    assert torch.equal(model.lm_head(model.transformer.ln_f(states[0])), before)
+    assert torch.equal(residual[0], model.transformer.wte(idx))
+    with pytest.raises(RuntimeError):  # a hook that fails is removed, too
+        analyze.read(model, idx, analyze.on_final(model, lambda x: x.view(-1, 7)))
+    assert torch.equal(model(idx)[0], before)
+
+
+def test_zeroing_is_what_no_embed_does():
+    model, idx, states = build(), text_with_meta((4, 7)), []
+    analyze.read(model, idx, analyze.zeroing(model, idx == META), analyze.on_final(model, states.append))
+    model.config = replace(model.config, zero_meta_embd=True)
+    assert torch.equal(model.lm_head(model.transformer.ln_f(states[0])), model(idx)[0])
+
+
+def test_entropy_is_that_of_its_definition():
+    logits = torch.randn(3, 5, 7, dtype=torch.float64)
+    logits[0, :, 4:] = -math.inf
+    assert torch.allclose(analyze.entropy(logits), torch.distributions.Categorical(logits=logits).entropy())
+    assert analyze.entropy(torch.zeros(8)).item() == pytest.approx(math.log(8))
+
+
+def test_entropy_falls_exactly_where_the_theorem_has_its_condition():
+    torch.manual_seed(0)
+    logits = torch.randn(400, 9, dtype=torch.float64)
+    keys = F.one_hot(torch.arange(400) % 9, 9).bool()
+    a = logits.softmax(-1)[keys]
+    slope, meets = analyze.entropy_slope(logits, keys), a > (-analyze.entropy(logits)).exp()
+    assert ((slope < 0) == meets).all() and 50 < meets.sum() < 350
+    small_step = analyze.entropy(logits + 1e-3 * keys) - analyze.entropy(logits)
+    assert ((small_step < 0) == meets).double().mean() > 0.99
+    for raised in (keys, torch.rand(400, 9) < 0.4):  # one key, and several together
+        leaf = logits.clone().requires_grad_()
+        analyze.entropy(leaf).sum().backward()
+        expected = (leaf.grad * raised).sum(-1)
+        assert torch.allclose(analyze.entropy_slope(logits, raised), expected)
+        assert torch.allclose(analyze.measured_slope(logits, raised), expected, atol=1e-7)
+
+
+def planted_boost(boost):
+    """A model of one head in which every query gives meta-tokens the logit `boost`, and all other keys 0."""
+    model = build(n_layer=1, n_head=1, pos="none", bias=True, meta_attention=False)
+    u = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(8)
+    v = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64).repeat(4)  # u and v are orthogonal, LayerNorm leaves them alone
+    block = model.transformer.h[0]
+    with torch.no_grad():
+        model.transformer.wte.weight[:] = v
+        model.transformer.wte.weight[META] = u
+        block.ln_1.weight.fill_(1)
+        block.ln_1.bias.zero_()
+        block.attn.c_attn.weight.zero_()
+        block.attn.c_attn.bias.zero_()
+        block.attn.c_attn.bias[0] = 4 * boost                      # q = (4 boost, 0, ...), divided by sqrt(16)
+        block.attn.c_attn.weight[16] = u / 16                      # k = (1, 0, ...) at meta-tokens
+    return model
+
+
+def test_a_planted_boost_is_recovered():
+    model, idx, boost = planted_boost(2.0), text_with_meta((4, 7), T=32), 2.0
+    control = analyze.random_text(idx == META, torch.Generator().manual_seed(1))
+    assert torch.equal(control.sum(1), (idx == META).sum(1)) and not (control & (idx == META)).any() and not control[:, 0].any()
+    queries, result = analyze.sharpen(model, idx, control)
+    assert not queries[(idx == META) | control].any() and queries.any()
+    n, m = torch.arange(1, 33), (idx == META).cumsum(1)
+    Z = n - m + m * math.exp(boost)
+    drop = n.log() - (Z.log() - m * math.exp(boost) / Z * boost)
+    for name, expected in (("boost", boost), ("boost_keys", boost), ("drop", drop[queries].double())):
+        assert torch.allclose(result["meta"][name][0, :, 0][queries], torch.as_tensor(expected, dtype=torch.float64), atol=1e-4)
+        assert torch.allclose(result["text"][name][0, :, 0][queries], torch.tensor(0.0, dtype=torch.float64))
+    assert torch.equal(result["meta"]["pairs"][0, :, 0], m)
+    assert torch.equal(result["text"]["met"][0, :, 0][queries], torch.zeros_like(m)[queries])  # the row is sharp: text is below exp(-H)
+
+
+def test_the_slope_is_checked_on_the_models_own_rows():
+    one, together = analyze.check_slopes(build(), text_with_meta((9, 12), T=60), every=2)
+    for pairs in (one, together):
+        assert len(pairs) > 100 and np.abs(pairs[:, 0] - pairs[:, 1]).max() < 1e-7
+        assert (pairs[:, 0] < 0).any() and (pairs[:, 0] > 0).any()
+
+
+def test_a_planted_similarity_is_recovered():
+    angle = 0.1 * torch.arange(40, dtype=torch.float64)
+    x = 7 * torch.stack([angle.cos(), angle.sin()], -1).repeat(2, 1, 1)  # similarity at distance d: cos(d / 10)
+    queries = torch.rand(2, 40) < 0.4
+    found = analyze.similarity_by_distance(x, queries, ~queries, [1, 2, 3, 5, 100])
+    assert torch.allclose(found[:, :2], torch.tensor([0.1, 0.2], dtype=torch.float64).cos().expand(2, 2))
+    assert ((found[:, 2] > math.cos(0.4)) & (found[:, 2] < math.cos(0.3))).all()
+    assert analyze.similarity_by_distance(x, queries & False, ~queries, [1, 5]).isnan().all()
+
+
+def test_the_rate_is_the_kl_to_the_prior():
+    mu, log_var = torch.randn(2, 5, 7, dtype=torch.float64)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mu, (log_var / 2).exp()), normal(torch.zeros_like(mu), torch.ones_like(mu)))
+    assert torch.allclose(analyze.kl_to_prior(mu, log_var), expected.sum(-1))
+
+
+def test_a_gaussian_source_gives_its_known_curve(monkeypatch):
+    """y is Gaussian in 30 bins, h has correlation rho with it: D(R) = H(y) + log(1 - rho^2 (1 - exp(-2 R))) / 2, of slope -beta."""
+    monkeypatch.setattr(analyze, "LATENT", 4)
+    torch.manual_seed(0)
+    rho, betas, edges = 0.8, (0.05, 0.2, 0.4), torch.linspace(-2.4, 2.4, 29)
+    x, y = {}, {}
+    for split, n in (("train", 20000), ("validation", 4000), ("test", 8000)):
+        source = torch.randn(n)
+        y[split] = torch.bucketize(source, edges)
+        x[split] = (rho * source + math.sqrt(1 - rho**2) * torch.randn(n)).unsqueeze(-1)
+    cdf = F.pad(torch.distributions.Normal(0, 1).cdf(edges), (1, 1))
+    cdf[-1] = 1
+    entropy = torch.distributions.Categorical(cdf.diff()).entropy().item()
+    D, R = analyze.rate_distortion_curve(x, y, betas, seeds=2, steps=800, lr=0.05)
+    assert D.shape == R.shape == (3, 2)
+    known = entropy + 0.5 * np.log(1 - rho**2 * (1 - np.exp(-2 * R)))
+    assert (D - known).min() > -0.02 and (D - known).max() < 0.06  # the best there is, but for the noise of 8000 examples
+    best_rate = [-0.5 * math.log(beta * (1 - rho**2) / (rho**2 * (1 - beta))) for beta in betas]
+    assert np.abs(R.mean(1) - best_rate).max() < 0.12
+
+
+def test_losses_are_the_models_own():
+    model, idx = build(), text_with_meta((4, 7), T=40)
+    x, y = idx[:, :-1], idx[:, 1:]
+    losses = analyze.text_losses(model, x, y)
+    assert torch.equal(losses.isnan(), y == META) and losses.nanmean().item() == pytest.approx(model(x, y)[1].item())
+
+
+def test_every_variant_of_length_is_a_model_that_can_be_built():
+    runs = analyze.runs_over_length(TINY, [16, 64, 128, 256])
+    assert {name: list(run) for name, run in runs.items()} == {
+        "as trained": [16, 64, 128, 256], "YaRN": [128, 256], "as trained, no_pos": [16, 64, 128, 256], "YaRN, no_pos": [128, 256]}
+    changed = build().reconfigured(**runs["YaRN, no_pos"][256]).config
+    assert (changed.block_size, changed.yarn_scale, changed.original_block_size, changed.zero_meta_pos) == (256, 4.0, 64, True)
+    learned = analyze.runs_over_length(replace(TINY, pos="absolute"), [16, 64, 128])
+    assert {name: list(run) for name, run in learned.items()} == {"as trained": [16, 64], "as trained, no_pos": [16, 64]}
+    assert list(analyze.runs_over_length(replace(TINY, pos="none", meta_id=None, meta_attention=False), [128])) == ["as trained"]
+
+
+LOOK = ["--dataset=d", "--device=cpu", "--analysis_blocks=4", "--bottleneck_examples=24", "--bottleneck_steps=4", "--bottleneck_seeds=2",
+        "--train_length=96", "--workers=1", "--meta_rate=0.2"]
+
+
+@pytest.fixture
+def looked_into(workplace):
+    """A folder with data in blocks of 96 tokens, and an untrained checkpoint out/ckpt.pt for them."""
+    prepare.prepare(configure("--block_size=96", "--meta_rate=0.2"))
+    os.makedirs("out")
+    save_model("out/ckpt.pt", block_size=96, n_layer=2)
+    return workplace
+
+
+def test_a_planted_loss_is_found_where_it_is(looked_into, monkeypatch):
+    """A loss that is the share of what is read: by position its middle, in the tail the same for every context."""
+    monkeypatch.setattr(analyze, "text_losses", lambda model, x, y: (torch.arange(x.size(1)) / x.size(1)).expand(x.shape))
+    analyze.main([*LOOK, "--what=perplexity"])
+    with open("out/analysis/perplexity.json") as file:
+        figures = json.load(file)["figures"]
+    assert figures["sequences"] == 4 and figures["window"] == 96
+    assert figures["by_position"]["as trained"]["mean"] == pytest.approx([(12 * i + 5.5) / 384 for i in range(32)], abs=1e-5)
+    for length in (96, 192, 384):
+        assert figures["by_context"]["as trained, no_pos"][str(length)]["mean"] == pytest.approx(1 - 6.5 / length, abs=1e-5)
+    assert figures["by_context"]["YaRN"]["384"]["minus_one_window"]["low"] == pytest.approx(6.5 / 96 - 6.5 / 384, abs=1e-5)
+
+
+def test_analysis_writes_all_its_parts(looked_into, monkeypatch, capsys):
+    analyze.main([*LOOK, "--init_from=out"])
+    out = capsys.readouterr().out
+    assert out.count("\n") == 2 * len(analyze.PARTS) + 1
+    for name in analyze.PARTS:
+        with open(f"out/analysis/{name}.json") as file:
+            result = json.load(file, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert result["what"] == name and result["checkpoint"]["step"] == 7 and result["config"]["analysis_blocks"] == 4
+        assert result["command"].startswith("python analyze.py --dataset=d") and len(result["checkpoint"]["sha256_of_weights"]) == 64
+        assert open(f"out/analysis/{name}.png", "rb").read(4) == b"\x89PNG" and result["summary"][0] in out
+    panels = result_of("rate_distortion")["panels"]
+    assert [list(panel["curves"]) for panel in panels] == [["out"], [
+        "the mark behind the queried list", "the text token before that", "mean over the text up to there"],
+        ["the meta-token", "the text token before it"]]
+    assert np.shape(panels[0]["curves"]["out"]["rate"]) == (10, 2) and panels[0]["examples"] == {"train": 24, "validation": 6, "test": 12}
+    assert not [name for name in os.listdir("out/analysis") if name.endswith(".tmp")]
+    monkeypatch.setattr(analyze, "read", lambda *_: pytest.fail("features were computed again"))
+    analyze.main([*LOOK, "--what=rate_distortion"])
+
+
+def result_of(name, folder="out/analysis"):
+    with open(f"{folder}/{name}.json") as file:
+        return json.load(file)["figures"]
+
+
+def save_tuned(path, label, length=96, **changes):
+    """A checkpoint as eval_synthetic.py leaves it."""
+    save_model(path, block_size=96)
+    checkpoint = torch.load(path)
+    stream = {"task": "list_recall", "placement": "all", "mark": 257, "tokenizer": "bytes", "seed": 3} | changes
+    train.save(path, checkpoint | {"run": {"stream": stream, "train_length": length}, "settings": {"tokenizer": "bytes", "label": label}})
+
+
+def test_models_are_compared_on_the_same_examples(looked_into):
+    save_tuned("out/a.pt", "meta")
+    save_tuned("out/b.pt", "plain", mark=None)
+    analyze.main([*LOOK, "--init_from=out/a.pt", "--compare=out/b.pt", "--what=rate_distortion"])
+    panels = result_of("rate_distortion", "out/analysis/a")["panels"]
+    assert list(panels[0]["curves"]) == ["meta", "plain"]
+    answers = {str(torch.load(path)["y"].tolist()) for path in glob.glob("out/analysis/a/features*") if "answer" in torch.load(path)}
+    assert len(answers) == 3  # train, validation and test, each equal for both
+
+
+def test_states_within_a_prompt_are_taken_at_the_queried_list(monkeypatch):
+    """The planted state of a token is its own position."""
+    monkeypatch.setattr(analyze, "read", lambda model, x, visit: visit(torch.arange(x.size(1)).expand(x.shape).unsqueeze(-1).float()))
+    monkeypatch.setattr(analyze, "on_final", lambda model, visit: visit)
+    stream = eval_synthetic.Stream("list_recall", "all", 257, "bytes", 0)
+    examples = [eval_synthetic.draw(stream, "test", 256, i) for i in range(20)]
+    monkeypatch.setattr(eval_synthetic, "draw_split", lambda *_: examples)
+    reader = SimpleNamespace(stream=stream, model=None, label="")
+    features = analyze.Reader.features(reader, "test", 256, 20, "cpu", None)
+    for i, e in enumerate(examples):
+        text = "".join("#" if token == 257 else chr(token) for token in e.tokens)
+        name = re.search(r"of list (\w+)\?", text)[1]
+        at = text.index(".#", text.index(f"List {name}: ")) + 1
+        assert [features[key][i].item() for key in ("meta", "text", "answer")] == [at, at - 1, text.index("Answer:#") + 7]
+        assert features["mean"][i].item() == pytest.approx(np.mean([j for j in range(at) if text[j] != "#"]))
+        assert eval_synthetic.ITEMS[features["y"][i]] == e.answer.strip()
+
+
+def test_next_tokens_are_the_same_from_both_places(looked_into):
+    config = settings.load([*LOOK])
+    blocks = train.Blocks(config, prepare.read_manifest(config), "val")
+    model = small_model(block_size=96, n_layer=1)
+    states = analyze.next_token_features(model, blocks, np.arange(2), 1000, "cpu")
+    rows = np.random.default_rng(0).permutation(np.arange(2))
+    expected = [(row[i], row[i + 1]) for x, y in [blocks.batch(rows)] for row in torch.cat([x, y[:, -1:]], 1).tolist()
+                for i in range(1, 96) if row[i] == 257 and row[i - 1] != 257 and row[i + 1] != 257]
+    assert states["y"].tolist() == [y for _, y in expected] and len(states["meta"]) == len(states["text"]) == len(expected) > 10
+
+
+@pytest.mark.parametrize("args, expected", [
+    (["--what=sharpness"], "what=sharpness: no part sharpness; there are sharpening, residual, attention, rate_distortion, perplexity"),
+    (["--init_from=plain.pt"], "sharpening, residual, attention: the checkpoint has no meta-tokens; it allows --what=rate_distortion,perp"),
+    (["--init_from=plain.pt", "--what=perplexity"], "data/d has 19 meta-tokens a block, but the checkpoint is one without meta-tokens"),
+    (["--dataset=nothing"], "no data in data/nothing: run python prepare.py"),
+    (["--what=attention", "--start=x", "--seed=1"], "the prompt of 1 tokens has no meta-token inside, at meta_rate=0.2"),
+    (["--what=attention", f"--start={'x' * 99}"], "but a map has room for 96: give a shorter --start="),
+    (["--what=attention", "--meta_rate=0"], "has no meta-token inside, at meta_rate=0.0"),
+    (["--what=rate_distortion", "--compare=out"], "compare=out: out was not tuned by eval_synthetic.py"),
+    (["--what=rate_distortion", "--compare=gone.pt"], "compare=gone.pt: no checkpoint gone.pt"),
+    (["--what=rate_distortion", "--compare=parity.pt"], "is about List Recall in tokens of bytes, but p was tuned on parity"),
+    (["--what=rate_distortion", "--compare=a.pt,b.pt"], "tuned at different lengths, 96, 192 tokens"),
+    (["--what=rate_distortion", "--train_length=64"], "List Recall needs 83 tokens"),
+    (["--what=perplexity", "--block_size=9999"], "two sequences of four windows, block_size=9999, take"),
+    (["--init_from=nowhere"], "no checkpoint nowhere"),
+    (["--analysis_blocks=0"], "analysis_blocks=0 must be positive"),
+])
+def test_what_cannot_be_looked_into_is_refused_in_one_line(looked_into, args, expected):
+    save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
+    save_tuned("a.pt", "a")
+    save_tuned("b.pt", "b", length=192)
+    save_tuned("parity.pt", "p", task="parity")
+    assert expected in refusal(analyze.main, [*LOOK, *args])
+
+
+def test_a_checkpoint_without_meta_tokens_has_its_perplexity(workplace):
+    prepare.prepare(configure("--block_size=96", "--meta_rate=0"))
+    save_model("plain.pt", block_size=96, pos="absolute", meta_id=None, meta_attention=False, text_vocab_size=257)
+    analyze.main([*LOOK, "--init_from=plain.pt", "--what=perplexity"])
+    figures = result_of("perplexity", "analysis/plain")
+    assert figures["impossible"] == "learned positions end at 96" and list(figures["by_context"]["as trained"]) == ["24", "48", "96"]

@@ -101,9 +101,16 @@ class Config:
     stop_solved: bool = False           # stop as soon as validation is solved; False: equal steps for all models
     plot: bool = False                  # draw and tabulate the results named behind it
 
-    # Benchmark
-    what: str = "all"                   # 'training', 'meta', 'loss', 'generation', 'reading', ...: several (comma-separated), or 'all'
-    gpu: bool = False                   # GPT-2's size and vocabulary on a GPU, beside nanoGPT's way to run it
+    # Analysis
+    analysis_blocks: int = 64           # validation blocks to look into; of perplexity, sequences of four windows
+    compare: str = ""                   # checkpoints of eval_synthetic.py (comma-separated) to draw rate against distortion beside this one
+    bottleneck_examples: int = 8000     # examples that train a bottleneck; a quarter as many validate, and half as many test it
+    bottleneck_steps: int = 1500        # optimiser steps of 128 examples
+    bottleneck_seeds: int = 5           # bottlenecks trained for each beta
+
+    # Analysis and benchmark
+    what: str = "all"                   # parts (comma-separated), or 'all'; each of the two scripts names its own at its top
+    gpu: bool = False                   # bench.py: GPT-2's size and vocabulary on a GPU, beside nanoGPT's way to run it
 
     def __post_init__(self):
         self.origin = {}  # where each setting was given: 'config/x.py:3' or 'command line'; absent: the default
@@ -132,7 +139,8 @@ CHOICES = {
 }
 POSITIVE = ("block_size", "n_layer", "n_head", "n_embd", "rope_base", "batch_size", "gradient_accumulation_steps",
             "log_interval", "eval_interval", "eval_iters", "num_samples", "max_new_tokens", "train_length", "phase_steps",
-            "task_batch_size", "trial_steps", "val_interval", "val_examples", "test_examples")
+            "task_batch_size", "trial_steps", "val_interval", "val_examples", "test_examples", "analysis_blocks", "bottleneck_examples",
+            "bottleneck_steps", "bottleneck_seeds")
 NOT_NEGATIVE = ("max_tokens", "workers", "max_iters", "max_minutes", "learning_rate", "min_lr", "warmup_iters",
                 "lr_decay_iters", "weight_decay", "grad_clip", "temperature", "top_k", "seed", "task_lr", "task_warmup")
 
