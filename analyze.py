@@ -67,17 +67,17 @@ def read(model, idx, *hooks):
 
 
 def on_causal_attention(model, visit):
-    """Calls visit(attention, x, rope) in every layer: the module, its input (B, T, C), and the rotary tables."""
-    def hook(attention, args):
-        visit(attention, *args[:2])
+    """Calls visit(attn, x, rope) in every layer: the module, its input (B, T, C), and the rotary tables."""
+    def hook(attn, args):
+        visit(attn, *args[:2])
     return [block.attn.register_forward_pre_hook(hook) for block in model.transformer.h]
 
 
 def on_meta_attention(model, visit):
     """The same for the gathered meta-tokens: x is (B, M, C)."""
-    def hook(attention, args):
+    def hook(attn, args):
         x, norm, meta, _ = args
-        visit(attention, norm(x.gather(1, meta.index.expand(-1, -1, x.size(-1)))), meta.rope)
+        visit(attn, norm(x.gather(1, meta.index.expand(-1, -1, x.size(-1)))), meta.rope)
     return [block.meta_attn.register_forward_pre_hook(hook) for block in model.transformer.h if hasattr(block, "meta_attn")]
 
 
@@ -100,17 +100,17 @@ def zeroing(model, mask):
     return [model.transformer.wte.register_forward_hook(lambda module, args, x: x.masked_fill(mask.unsqueeze(-1), 0))]
 
 
-def attention_rows(attention, x, rope):
+def attention_rows(attn, x, rope):
     """Reference path: the logits of an attention from its own weights, some queries at a time.
 
     x is (B, T, C). Yields (rows, logits): a slice of n queries, and (B, nh, n, rows.stop), before the softmax, -inf at later
     keys. n is such that no more than SCORES are held at once: never a T x T matrix of a long context.
     """
     B, T, _ = x.shape
-    q, k, _ = attention.c_attn(x).view(B, T, 3, attention.n_head, -1).permute(2, 0, 3, 1, 4)
+    q, k, _ = attn.c_attn(x).view(B, T, 3, attn.n_head, -1).permute(2, 0, 3, 1, 4)
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
-    n = max(SCORES // (B * attention.n_head * T), 1)
+    n = max(SCORES // (B * attn.n_head * T), 1)
     for start in range(0, T, n):
         stop = min(start + n, T)
         logits = q[:, :, start:stop] @ k[:, :, :stop].transpose(-1, -2) / math.sqrt(q.size(-1))
@@ -157,7 +157,7 @@ def entropy(logits):
 def entropy_slope(logits, keys):
     """dH/dDelta as the logits of some keys (bool, like logits) rise together: -sum over them of a_j (log a_j + H).
 
-    Negative where one of them has a_j > exp(-H) alone: theorem 4.1's drop needs that condition, which the paper leaves out.
+    For one key it is negative exactly where a_j > exp(-H): a condition that theorem 4.1 needs and does not state.
     """
     a = logits.softmax(-1)
     return ((torch.special.entr(a) - a * entropy(logits).unsqueeze(-1)) * keys).sum(-1)
@@ -169,14 +169,14 @@ def measured_slope(logits, keys, delta=1e-4):
 
 
 @torch.no_grad()
-def row_statistics(attention, x, rope, key_sets):
+def row_statistics(attn, x, rope, key_sets):
     """What every query of a causal attention sees in sets of keys, bool (S, B, T).
 
     Returns (top, entropy, met): the largest logit of each set (S, B, nh, T), the entropy (B, nh, T) in nats, and how many keys
     of each set meet the theorem's condition a_j > exp(-H) (S, B, nh, T).
     """
     top, H, met = [], [], []
-    for _, logits in attention_rows(attention, x, rope):
+    for _, logits in attention_rows(attn, x, rope):
         sets = key_sets[:, :, None, None, :logits.size(-1)]
         H.append(entropy(logits))
         sharp = logits.softmax(-1) > (-H[-1]).exp().unsqueeze(-1)
@@ -547,7 +547,7 @@ class Reader:
             checkpoint = load_checkpoint(path)
             if "run" not in checkpoint:
                 raise ValueError(f"{path} was not tuned by eval_synthetic.py")
-            return cls(config, GPT.from_checkpoint(checkpoint).eval(), checkpoint, label_of(checkpoint, path))
+            return cls(config, GPT.from_checkpoint(checkpoint).eval(), checkpoint, stem(path))
         except ValueError as e:
             raise config.error(f"compare={config.compare}: {e}") from None
 
@@ -571,7 +571,7 @@ class Reader:
                     at = int((row == mark).nonzero()[names.index(asked) if self.stream.placement == "all" else 0])
                     own |= {"meta": h[at], "text": h[at - 1], "mean": h[:at][row[:at] != mark].mean(0)}
                 for name, value in own.items():
-                    features.setdefault(name, []).append(value.cpu())
+                    features.setdefault(name, []).append(value.cpu().clone())  # not a view of all states
         return {name: torch.stack(values) for name, values in features.items()} | {
             "y": torch.tensor([eval_synthetic.ITEMS.index(e.answer.strip()) for e in examples])}
 
@@ -602,13 +602,16 @@ def recall_lines(subject, sizes):
     config = subject.config
     readers = [Reader(config, subject.model, subject.checkpoint, subject.label)]
     readers += [Reader.of_file(config, path) for path in config.compare.split(",") if path]
-    lengths = {reader.length for reader in readers if reader.tuned} or {readers[0].length}
+    lengths, labels = {reader.length for reader in readers if reader.tuned} or {readers[0].length}, [reader.label for reader in readers]
     length, shortest = max(lengths), eval_synthetic.smallest("list_recall", subject.encoding)
+    if len(set(labels)) < len(labels):
+        raise config.error(f"compare={config.compare}: two models of one name among {', '.join(labels)}: rename a file")
     if len(lengths) > 1:
         raise config.error(f"compare={config.compare}: tuned at different lengths, {', '.join(map(str, sorted(lengths)))} tokens")
     if length < shortest:
         raise config.error(f"train_length={config.train_length}, block_size={config.block_size}: List Recall needs {shortest} tokens")
-    lines = []
+    lines, names = [], {"meta": "the mark behind the queried list", "text": "the text token before that",
+                        "mean": "mean over the text up to there"}
     with ProcessPoolExecutor(min(config.workers or prepare.cores(), 4), initializer=prepare.start_worker, initargs=("bytes", 0.0)) as pool:
         for reader in readers:
             reader.model.to(subject.device)
@@ -616,12 +619,11 @@ def recall_lines(subject, sizes):
             lines.append((reader.label, {split: cached(subject.folder, key | {"split": split, "n": n}, partial(
                 reader.features, split, length, n, subject.device, pool)) for split, n in sizes.items()}, "answer"))
     own = lines[0][1]
-    names = {"meta": "the mark behind the queried list", "text": "the text token before that", "mean": "mean over the text up to there"}
     return length, lines, [(label, own, name) for name, label in names.items() if name in own["train"]]
 
 
 def next_token_lines(subject, sizes):
-    """The same for plain text: the validation blocks cut into three, the most frequent next tokens told apart."""
+    """Such lines for plain text: the validation blocks are cut into three, and the most frequent next tokens told apart."""
     blocks, device, features = subject.blocks, subject.device, {}
     cuts = (len(blocks) * np.cumsum([*sizes.values()]) // sum(sizes.values())).tolist()
     for (split, n), start, stop in zip(sizes.items(), [0, *cuts], cuts):
@@ -809,7 +811,7 @@ class Subject:
         self.model, self.checkpoint = train.load_saved(config)
         self.path = config.out_dir if config.init_from in ("resume", "scratch") else config.init_from
         self.folder, self.sha256 = folder_of(config, self.path), sha256_of_weights(self.model)
-        self.label = config.label or label_of(self.checkpoint, self.path)
+        self.label = config.label or stem(self.path)
         self.encoding, self.data, self.blocks = prepare.get_tokenizer(config.tokenizer), None, None
         if self.model.config.meta_id is None and (lacking := [name for name in names if name in NEED_META]):
             raise config.error(f"what={config.what}: {', '.join(lacking)}: the checkpoint has no meta-tokens; it allows "
@@ -854,10 +856,6 @@ def folder_of(config, path):
     if path.endswith(".pt"):
         return os.path.join(os.path.dirname(path), "analysis", *([] if stem(path) == "ckpt" else [stem(path)]))
     return os.path.join(path, "analysis")
-
-
-def label_of(checkpoint, path):
-    return (checkpoint["settings"].get("label") if checkpoint else None) or stem(path)
 
 
 def stem(path):

