@@ -41,9 +41,8 @@ BETAS = np.logspace(-3, 0, 10)       # the weights of the rate
 LATENT = 32                          # size of a bottleneck's z
 CLASSES = 256                        # next tokens that are told apart; the rest are one class
 MAX_SHOWN = 128                      # tokens of a map that can still be read
-COLORS = {"meta": "C3", "text": "C0", "other": "C2"}
+COLORS = {"meta": "C3", "text": "C0"}
 START = """def count(path):
-    \"\"\"The words of a file, and how often each occurs.\"\"\"
     counts = {}
     with open(path) as file:
         for word in file.read().split():
@@ -78,7 +77,7 @@ def on_meta_attention(model, visit):
     def hook(attn, args):
         x, norm, meta, _ = args
         visit(attn, norm(x.gather(1, meta.index.expand(-1, -1, x.size(-1)))), meta.rope)
-    return [block.meta_attn.register_forward_pre_hook(hook) for block in model.transformer.h if hasattr(block, "meta_attn")]
+    return [block.meta_attn.register_forward_pre_hook(hook) for block in model.transformer.h if model.config.meta_attention]
 
 
 def on_residual(model, visit):
@@ -712,7 +711,7 @@ def perplexity(subject):
                            f"block_size={window}, take {2 * per_sequence}: prepare more by --val_fraction=")
     firsts = np.linspace(0, len(blocks) - per_sequence, n).astype(int)
     edges = np.linspace(0, longest, 33).astype(int)
-    lengths, runs = [window // 4, window // 2, window, 2 * window, longest], None
+    lengths = [window // 4, window // 2, window, 2 * window, longest]
     runs, by_context, by_position = runs_over_length(model.config, lengths), {}, {}
     for name, run in runs.items():
         for length, changes in run.items():

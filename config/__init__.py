@@ -109,7 +109,7 @@ class Config:
     bottleneck_seeds: int = 5           # bottlenecks trained for each beta
 
     # Analysis and benchmark
-    what: str = "all"                   # parts (comma-separated), or 'all'; each of the two scripts names its own at its top
+    what: str = "all"                   # parts (comma-separated), or 'all': the script's own, which it names when asked for another
     gpu: bool = False                   # bench.py: GPT-2's size and vocabulary on a GPU, beside nanoGPT's way to run it
 
     def __post_init__(self):
