@@ -646,7 +646,8 @@ def rate_distortion(subject):
         panels[f"List Recall: the answer, from far before it\n(within {subject.label})"] = within
     if subject.model.config.meta_id is not None:
         panels[f"Plain text: the next text token\n(within {subject.label})"] = next_token_lines(subject, sizes)
-    figures = {"theorem": THEOREM, "seeds": config.bottleneck_seeds, "betas": listed(BETAS), "panels": []}
+    figures = {"theorem": THEOREM, "betas": listed(BETAS), "seeds": config.bottleneck_seeds, "panels": [],
+               "seeds_are": "of initial weights, noise and order: their range leaves out the choice of examples"}
     figure, axes = new_figure([list(panels)], 6.5 * len(panels), 5.5)
     torch.manual_seed(config.seed)
     for title, lines in panels.items():
@@ -668,8 +669,9 @@ def rate_distortion(subject):
         ax.axhline(entropy_of_y, color="gray", linestyle="--", linewidth=1, label=f"nothing known: H(Y) = {entropy_of_y:.2f} nats")
         ax.axline((0, entropy_of_y), slope=-1, color="gray", linestyle=":", label="no encoder gets below: H(Y) - rate")
         ax.set(title=title, xlabel="rate: KL(q(z|h) || N(0, I)) (nats)", ylabel="held-out distortion: -log q(y|z) (nats)")
-        ax.set(xlim=(-0.1, 4 * entropy_of_y), ylim=(0, 1.15 * entropy_of_y))
-        ax.legend(title=f"{len(y['test']):,} held-out examples; band: range of {config.bottleneck_seeds} seeds", fontsize="small")
+        ax.set(xlim=(-0.1, 4 * entropy_of_y), ylim=(0.8 * min(D.min() for _, D in curves.values()), 1.1 * entropy_of_y))
+        ax.legend(title=f"{len(y['test']):,} held-out examples; band: range of {config.bottleneck_seeds} seeds", fontsize="small",
+                  loc="lower right")
         ax.grid(alpha=0.3)
     return figures, figure, ("held-out distortion (nats). " + "; ".join(said),
                              "trained bottlenecks, whose rates are upper bounds: they illustrate theorem 5.1, and cannot verify it")
