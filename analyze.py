@@ -40,7 +40,7 @@ BINS = np.linspace(-16, 16, 6401)    # of the histograms, in nats: medians are r
 BETAS = np.logspace(-3, 0, 10)       # the weights of the rate
 LATENT = 32                          # size of a bottleneck's z
 CLASSES = 256                        # next tokens that are told apart; the rest are one class
-MAX_SHOWN = 128                      # tokens of a map that can still be read
+MAX_SHOWN = 128                      # tokens of a map that can still be read; of our own start, half as many
 COLORS = {"meta": "C3", "text": "C0"}
 START = """def count(path):
     counts = {}
@@ -281,7 +281,7 @@ def sharpening(subject):
         axes[name].set(title=f"{title}: {'without minus with' if name == 'drop' else 'with minus without'}", xlabel=axis[name],
                        ylabel="share of (query, layer, head) (%)")
         axes[name].set_ylim(0, 1.3 * axes[name].get_ylim()[1])  # room for the legend
-        axes[name].legend(fontsize="small", loc="upper right")
+        axes[name].legend(fontsize="x-small", loc="upper right")
         ax = axes[f"{name} of heads"]
         heat_map(ax, means["meta", name].mean(0), axis[name])
         ax.set(title="the same by layer and head, meta-tokens zeroed", xlabel="head", ylabel="layer")
@@ -391,7 +391,7 @@ def attention(subject):
     tokens = subject.encoding.encode_ordinary(START if start is None else start)
     tokens = sample.inject_prompt(tokens, config, model.config.meta_id).astype(np.int64)
     if start is None:
-        tokens = tokens[:longest]
+        tokens = tokens[:min(MAX_SHOWN // 2, longest)]
     is_meta, T = tokens == model.config.meta_id, len(tokens)
     if longest < T:
         raise config.error(f"the prompt has {T} tokens, but a map has room for {longest}: give a shorter --start=")
@@ -416,7 +416,7 @@ def attention(subject):
             for kind, rows in queries.items()},
         "meta_tokens": [{"position": int(i), "text_before": name, "looks_at": strongest(by_layer[:, i].mean(0)),
                          "is_looked_at_by": strongest(by_layer[:, :, i].mean(0))} for i, name in zip(places, meta_names)]}
-    last, size = model.config.n_layer - 1, max(0.09 * T, 5)
+    last, size = model.config.n_layer - 1, max(0.11 * T, 5)
     second_row = ["queries"] * 3 if meta is None else ["meta 0", f"meta {last}", "queries"]
     figure, axes = new_figure([["causal 0", f"causal {last}", "layers"], second_row], 3 * size, 1.8 * size)
     for name, maps, ticks, what in (("causal", by_layer, names, "token"), ("meta", meta, meta_names, "text before it, position")):
@@ -435,7 +435,7 @@ def attention(subject):
     axes["queries"].bar(range(T), on_meta.mean((0, 1)), color=np.where(is_meta, COLORS["meta"], COLORS["text"]))
     axes["queries"].step(range(T), uniform, color="black", where="mid", linestyle=":", label="if uniform")
     token_axis(axes["queries"].xaxis, names)
-    axes["queries"].set(title="attention on meta-tokens by query, mean over layers and heads", xlabel="query", ylabel="share of attention")
+    axes["queries"].set(title="attention on meta-tokens by query", xlabel="query", ylabel="share of attention, mean over layers and heads")
     for name in ("layers", "queries"):
         axes[name].legend()
     figure.suptitle(f"One prompt of {T} tokens, {len(places)} of them meta-tokens")
