@@ -13,8 +13,7 @@ pretrain() {  # model seed settings...: the model $OUT/<model>_s<seed>
     local out=$OUT/$1_s$2 resume=
     [ -f "$out.done" ] && return
     [ -f "$out/ckpt.pt" ] && resume=--init_from=resume
-    python train.py "$CONFIG" --out_dir="$out" --seed="$2" "${@:3}" $resume >> "$out.log" 2>&1
-    touch "$out.done"
+    python train.py "$CONFIG" --out_dir="$out" --seed="$2" "${@:3}" $resume >> "$out.log" 2>&1 && touch "$out.done"
 }
 
 tune() {  # model seed task placement marker label settings...: results/<label>_<task>_<placement>_....json
