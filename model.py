@@ -184,29 +184,28 @@ class Block(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss
 
+LOGITS_AT_ONCE = 2**28  # 1 GiB in float32
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """cross_entropy(x W^T, targets, ignore_index=-1), in nats, a chunk of rows at a time.
 
     All the logits, (B T, vocab_size), would take more memory than the rest of the model. So each chunk's turn into its loss
     and its gradients there and then, and are forgotten; backward has only to scale them.
     """
-    CHUNK = 2**28  # logits that exist at once: 1 GiB in float32
-
     @staticmethod
     def forward(ctx, x, weight, targets, training):
         """x (N, C), weight (vocab_size, C), targets (N,): the mean over the targets that are not -1, a scalar."""
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
-        rows, precise = max(LinearCrossEntropy.CHUNK // len(weight), 1), torch.promote_types(x.dtype, torch.float32)
+        rows, precise = max(LOGITS_AT_ONCE // len(weight), 1), torch.promote_types(x.dtype, torch.float32)
         loss, grad_x, grad_weight = x.new_zeros((), dtype=precise), [], torch.zeros_like(weight, dtype=precise) if training else None
         for h, y in zip(x.split(rows), targets.split(rows)):
             is_target, y = (y >= 0).unsqueeze(1).to(precise), y.clamp(min=0).unsqueeze(1)
-            logits = (h @ weight.t()).to(precise)                                    # (rows, vocab_size)
+            product = F.linear(h, weight)                                            # (rows, vocab_size), as autocast says
+            logits = product.to(precise)
             log_z = logits.logsumexp(1, keepdim=True)
             loss += ((log_z - logits.gather(1, y)) * is_target).sum()
             if training:  # d loss / d logits = softmax - one_hot
-                grad = logits.sub_(log_z).exp_().mul_(is_target).scatter_add_(1, y, -is_target).to(h.dtype)
+                grad = logits.sub_(log_z).exp_().mul_(is_target).scatter_add_(1, y, -is_target).to(product.dtype)
                 grad_x.append(grad @ weight)
                 grad_weight += grad.t() @ h
         n = (targets >= 0).sum()

@@ -139,7 +139,7 @@ def test_model_equals_dense_masks_in_values_and_gradients(counts, changes):
 
 @pytest.mark.parametrize("chunk", [1, 100, 10**6])
 def test_the_loss_in_chunks_equals_cross_entropy_in_value_and_gradients(monkeypatch, chunk):
-    monkeypatch.setattr(LinearCrossEntropy, "CHUNK", chunk)
+    monkeypatch.setattr("model.LOGITS_AT_ONCE", chunk)
     x, weight = torch.randn(23, 8, dtype=torch.float64, requires_grad=True), torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(-1, 11, (23,))
     ours, theirs = LinearCrossEntropy.apply(x, weight, targets, True), F.cross_entropy(x @ weight.t(), targets, ignore_index=-1)
