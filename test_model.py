@@ -1291,7 +1291,8 @@ def test_every_config_describes_a_run(path, tmp_path, monkeypatch):
     if path.endswith("__init__.py"):
         pytest.skip("not a config")
     config = settings.load([path])
-    for world in (1, 2, 8) if "quickstart" not in path and "h100" not in path else (1, 2):
+    worlds = {"study": (1,), "quickstart": (1, 2), "meta_gpt2_h100": (1, 2)}  # small ones are for few processes
+    for world in worlds.get(os.path.basename(path).removesuffix(".py"), (1, 2, 8)):
         train.check_start(config, SimpleNamespace(world=world))
         if config.init_from == "scratch":
             with torch.device("meta"):
