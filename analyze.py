@@ -546,7 +546,7 @@ class Reader:
             checkpoint = load_checkpoint(path)
             if "run" not in checkpoint:
                 raise ValueError(f"{path} was not tuned by eval_synthetic.py")
-            return cls(config, GPT.from_checkpoint(checkpoint).eval(), checkpoint, stem(path))
+            return cls(config, GPT.from_checkpoint(checkpoint).eval(), checkpoint, label_of(checkpoint, path))
         except ValueError as e:
             raise config.error(f"compare={config.compare}: {e}") from None
 
@@ -812,7 +812,7 @@ class Subject:
         self.model, self.checkpoint = train.load_saved(config)
         self.path = config.out_dir if config.init_from in ("resume", "scratch") else config.init_from
         self.folder, self.sha256 = folder_of(config, self.path), sha256_of_weights(self.model)
-        self.label = config.label or stem(self.path)
+        self.label = config.label or label_of(self.checkpoint, self.path)
         self.encoding, self.data, self.blocks = prepare.get_tokenizer(config.tokenizer), None, None
         if self.model.config.meta_id is None and (lacking := [name for name in names if name in NEED_META]):
             raise config.error(f"what={config.what}: {', '.join(lacking)}: the checkpoint has no meta-tokens; it allows "
@@ -857,6 +857,11 @@ def folder_of(config, path):
     if path.endswith(".pt"):
         return os.path.join(os.path.dirname(path), "analysis", *([] if stem(path) == "ckpt" else [stem(path)]))
     return os.path.join(path, "analysis")
+
+
+def label_of(checkpoint, path):
+    """The --label= that the model was tuned with, else the name of its file."""
+    return (checkpoint or {"settings": {}})["settings"].get("label") or stem(path)
 
 
 def stem(path):
