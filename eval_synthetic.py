@@ -686,9 +686,12 @@ def tables(panels):
 
 
 def curve(ax, x, seeds, style):
-    """The mean over seeds in %, and a band from the lowest to the highest."""
-    ax.plot(x, [100 * s.mean() for s in seeds], **style)
-    ax.fill_between(x, [100 * s.min() for s in seeds], [100 * s.max() for s in seeds], color=style["color"], alpha=0.2, linewidth=0)
+    """The mean over seeds in %, each of them, and a band from the lowest to the highest. seeds: (len(x), seeds)."""
+    seeds = 100 * np.array(seeds)
+    ax.plot(x, seeds.mean(1), **style)
+    ax.fill_between(x, seeds.min(1), seeds.max(1), color=style["color"], alpha=0.15, linewidth=0)
+    if seeds.shape[1] > 1:
+        ax.plot(x, seeds, color=style["color"], linewidth=0.7)
 
 
 def plot(paths):
@@ -710,7 +713,7 @@ def plot(paths):
             curve(test, lengths, [correct_of(group, length).mean(1) for length in lengths], style)
             steps = sorted(set.intersection(*({point["step"] for point in result["validation"]} for result in group)))
             exact = [{point["step"]: point["exact"] for point in result["validation"]} for result in group]
-            curve(tuning, steps, [np.array([seed[step] for seed in exact]) for step in steps], style)
+            curve(tuning, steps, [[seed[step] for seed in exact] for step in steps], style)
         every = [result for group in lines.values() for result in group]
         chance = {int(length): 100 * facts["chance"] for result in every for length, facts in result["tests"].items()}
         test.plot(*zip(*sorted(chance.items())), color="gray", linewidth=1, label="chance")

@@ -49,3 +49,5 @@ for placement in task all; do
     done
 done | together
 python eval_synthetic.py --plot results/?_*.json
+mkdir -p results/study
+cp results/?_*.json results/synthetic.png results/study/
