@@ -533,6 +533,7 @@ class Reader:
         self.model, self.label, self.sha256, self.tuned = model, label, sha256_of_weights(model), run is not None
         self.stream = eval_synthetic.Stream("list_recall", "task", model.config.meta_id, config.tokenizer, config.seed)
         self.length = min(config.train_length, model.config.block_size)
+        self.space = prepare.get_tokenizer(config.tokenizer).encode_ordinary(" ")[0]
         if run:
             self.stream = replace(eval_synthetic.Stream(**run["stream"]), seed=config.seed)  # the same text for all
             self.length = run["train_length"]
@@ -551,10 +552,11 @@ class Reader:
             raise config.error(f"compare={config.compare}: {e}") from None
 
     def features(self, split, length, n, device, pool):
-        """Final hidden states of n examples, each (n, C), and "y" (n,), which of all words is the answer.
+        """Final hidden states of n examples, each (n, C); "first" (n,), the first token of the answer but for a space of its own,
+        and "y" (n,), which of all words is the answer.
 
-        "answer": at the last position of the prompt, which predicts the answer (all of its bytes are one class). Where lists
-        have marks also three that have read the same text, up to the mark behind the queried list: "meta", at that mark;
+        "answer": at the position that predicts "first": of words, the last of the prompt, of bytes, the space behind it. Where
+        lists have marks also three that have read the same text, up to the mark behind the queried list: "meta", at that mark;
         "text", at the text token right before it, equally many text tokens away from the answer; "mean", over all that text.
         """
         features, examples = {}, eval_synthetic.draw_split(pool, self.stream, split, length, n)
@@ -563,7 +565,8 @@ class Reader:
             x, states = eval_synthetic.collate(examples[i:i + size], length)[0].to(device), []
             read(self.model, x, on_final(self.model, states.append))
             for e, row, h in zip(examples[i:i + size], x, states[0]):
-                own = {"answer": h[len(e.tokens) - e.n_answer - 1]}
+                first = len(e.tokens) - (e.n_answer - 1 if e.tokens[-e.n_answer] == self.space else e.n_answer)
+                own = {"answer": h[first - 1], "first": torch.tensor(e.tokens[first])}
                 if mark is not None and self.stream.placement in ("task", "all"):
                     names = re.findall(r"^List (\w+):", e.prompt, re.MULTILINE)
                     asked = re.search(r"of list (\w+)\?", e.prompt)[1]
@@ -617,7 +620,8 @@ def recall_lines(subject, sizes):
             key = {"stream": asdict(reader.stream), "weights": reader.sha256, "model": asdict(reader.model.config), "length": length}
             lines.append((reader.label, {split: cached(subject.folder, key | {"split": split, "n": n}, partial(
                 reader.features, split, length, n, subject.device, pool)) for split, n in sizes.items()}, "answer"))
-    own = lines[0][1]
+    own, lines = lines[0][1], [(label, {split: f | {"y": f["first"]} for split, f in features.items()}, name)
+                               for label, features, name in lines]
     return length, lines, [(label, own, name) for name, label in names.items() if name in own["train"]]
 
 
@@ -641,10 +645,10 @@ def rate_distortion(subject):
     n = config.bottleneck_examples
     sizes = {"train": n, "validation": max(n // 4, 1), "test": max(n // 2, 1)}
     length, at_answer, within = recall_lines(subject, sizes)
-    panels[f"List Recall: the answer, where it is predicted\n(prompts of up to {length} tokens)"] = at_answer
+    panels[f"List Recall: the answer's first token, where it is predicted\n(prompts of up to {length} tokens)"] = at_answer
     if within:
         panels[f"List Recall: the answer, from far before it\n(within {subject.label})"] = within
-    if subject.model.config.meta_id is not None:
+    if subject.model.config.meta_id is not None and "run" not in (subject.checkpoint or {}):  # tuned, it has forgotten plain text
         panels[f"Plain text: the next text token\n(within {subject.label})"] = next_token_lines(subject, sizes)
     figures = {"theorem": THEOREM, "betas": listed(BETAS), "seeds": config.bottleneck_seeds, "panels": [],
                "seeds_are": "of initial weights, noise and order: their range leaves out the choice of examples"}

@@ -1734,13 +1734,14 @@ def test_states_within_a_prompt_are_taken_at_the_queried_list(monkeypatch):
     stream = eval_synthetic.Stream("list_recall", "all", 257, "bytes", 0)
     examples = [eval_synthetic.draw(stream, "test", 256, i) for i in range(20)]
     monkeypatch.setattr(eval_synthetic, "draw_split", lambda *_: examples)
-    reader = SimpleNamespace(stream=stream, model=None, label="")
+    reader = SimpleNamespace(stream=stream, model=None, label="", space=32)
     features = analyze.Reader.features(reader, "test", 256, 20, "cpu", None)
     for i, e in enumerate(examples):
         text = "".join("#" if token == 257 else chr(token) for token in e.tokens)
         name = re.search(r"of list (\w+)\?", text)[1]
         at = text.index(".#", text.index(f"List {name}: ")) + 1
-        assert [features[key][i].item() for key in ("meta", "text", "answer")] == [at, at - 1, text.index("Answer:#") + 7]
+        assert [features[key][i].item() for key in ("meta", "text", "answer")] == [at, at - 1, text.index("Answer:# ") + 8]
+        assert chr(features["first"][i]) == e.answer[1]
         assert features["mean"][i].item() == pytest.approx(np.mean([j for j in range(at) if text[j] != "#"]))
         assert eval_synthetic.ITEMS[features["y"][i]] == e.answer.strip()
 
