@@ -675,7 +675,7 @@ def rate_distortion(subject):
         ax.set(title=title, xlabel="rate: KL(q(z|h) || N(0, I)) (nats)", ylabel="held-out distortion: -log q(y|z) (nats)")
         ax.set(xlim=(-0.1, 4 * entropy_of_y), ylim=(0.8 * min(D.min() for _, D in curves.values()), 1.1 * entropy_of_y))
         ax.legend(title=f"{len(y['test']):,} held-out examples; band: range of {config.bottleneck_seeds} seeds", fontsize="small",
-                  loc="lower right")
+                  loc="best")
         ax.grid(alpha=0.3)
     return figures, figure, ("held-out distortion (nats). " + "; ".join(said),
                              "trained bottlenecks, whose rates are upper bounds: they illustrate theorem 5.1, and cannot verify it")
