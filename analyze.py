@@ -530,7 +530,7 @@ class Reader:
 
     def __init__(self, config, model, checkpoint, label):
         run = (checkpoint or {}).get("run")
-        self.model, self.label, self.sha256, self.tuned = model, label, sha256_of_weights(model), run is not None
+        self.model, self.label, self.sha256, self.tuned = model, label, train.sha256_of_weights(model), run is not None
         self.stream = eval_synthetic.Stream("list_recall", "task", model.config.meta_id, config.tokenizer, config.seed)
         self.length = min(config.train_length, model.config.block_size)
         self.space = prepare.get_tokenizer(config.tokenizer).encode_ordinary(" ")[0]
@@ -607,7 +607,8 @@ def recall_lines(subject, sizes):
     lengths, labels = {reader.length for reader in readers if reader.tuned} or {readers[0].length}, [reader.label for reader in readers]
     length, shortest = max(lengths), eval_synthetic.smallest("list_recall", subject.encoding)
     if len(set(labels)) < len(labels):
-        raise config.error(f"compare={config.compare}: two models of one name among {', '.join(labels)}: rename a file")
+        raise config.error(f"compare={config.compare}: two models of one name among {', '.join(labels)}: rename a file, or "
+                           "tune with another --label=")
     if len(lengths) > 1:
         raise config.error(f"compare={config.compare}: tuned at different lengths, {', '.join(map(str, sorted(lengths)))} tokens")
     if length < shortest:
@@ -814,8 +815,8 @@ class Subject:
     def __init__(self, config, names):
         self.config, self.device = config, train.pick_device(config)[0]
         self.model, self.checkpoint = train.load_saved(config)
-        self.path = config.out_dir if config.init_from in ("resume", "scratch") else config.init_from
-        self.folder, self.sha256 = folder_of(config, self.path), sha256_of_weights(self.model)
+        self.path = train.path_of(config)
+        self.folder, self.sha256 = folder_of(config, self.path), train.sha256_of_weights(self.model)
         self.label = config.label or label_of(self.checkpoint, self.path)
         self.encoding, self.data, self.blocks = prepare.get_tokenizer(config.tokenizer), None, None
         if self.model.config.meta_id is None and (lacking := [name for name in names if name in NEED_META]):
@@ -859,21 +860,13 @@ def folder_of(config, path):
     if train.is_pretrained(path) or config.origin.get("out_dir") == "command line":
         return os.path.join(config.out_dir, "analysis")
     if path.endswith(".pt"):
-        return os.path.join(os.path.dirname(path), "analysis", *([] if stem(path) == "ckpt" else [stem(path)]))
+        return os.path.join(os.path.dirname(path), "analysis", *([] if train.stem(path) == "ckpt" else [train.stem(path)]))
     return os.path.join(path, "analysis")
 
 
 def label_of(checkpoint, path):
     """The --label= that the model was tuned with, else the name of its file."""
-    return (checkpoint or {"settings": {}})["settings"].get("label") or stem(path)
-
-
-def stem(path):
-    return os.path.basename(os.path.normpath(path)).removesuffix(".pt")
-
-
-def sha256_of_weights(model):
-    return prepare.sha256(b"".join(name.encode() + p.cpu().contiguous().numpy().tobytes() for name, p in model.state_dict().items()))
+    return (checkpoint or {"settings": {}})["settings"].get("label") or train.stem(path)
 
 
 def write(subject, name, argv, figures, figure, summary):
@@ -892,9 +885,7 @@ def write(subject, name, argv, figures, figure, summary):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     config = settings.load(argv)
-    names = list(PARTS) if config.what == "all" else config.what.split(",")
-    if unknown := set(names) - PARTS.keys():
-        raise config.error(f"what={config.what}: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    names = config.parts(PARTS)
     try:
         subject = Subject(config, names)
         os.makedirs(subject.folder, exist_ok=True)

@@ -299,9 +299,7 @@ def preparation(config, shape, machine):
 def main(argv=None):
     config = settings.load(argv)
     every = {part.__name__: part for part in (training, meta, loss, generation, reading, memory if config.gpu else preparation)}
-    names = every if config.what == "all" else config.what.split(",")
-    if unknown := set(names) - every.keys():
-        raise config.error(f"what={config.what}: no part {', '.join(sorted(unknown))}; there are {', '.join(every)}")
+    names = config.parts(every)
     size = {"batch_size": 24} if config.gpu else {"n_layer": 6, "n_head": 6, "n_embd": 384, "batch_size": 8}
     for name, value in size.items():
         if not config.given(name):

@@ -250,12 +250,8 @@ def open_model(config):
     """(model, id of the mark, identity of the checkpoint), on the CPU. Raises SystemExit where they do not fit together."""
     torch.manual_seed(config.seed)  # of the meta-attention that may be added
     model, checkpoint = train.load_saved(config)
-    digest = hashlib.sha256()
-    for name, p in model.state_dict().items():
-        digest.update(name.encode() + p.contiguous().numpy().tobytes())
-    path = config.out_dir if config.init_from in ("resume", "scratch") else config.init_from
-    identity = {"path": path, "step": checkpoint and checkpoint["step"], "seed": checkpoint and checkpoint["settings"]["seed"],
-                "sha256_of_weights": digest.hexdigest()}
+    identity = {"path": train.path_of(config), "step": checkpoint and checkpoint["step"],
+                "seed": checkpoint and checkpoint["settings"]["seed"], "sha256_of_weights": train.sha256_of_weights(model)}
     encoding, kind = get_encoding(config.tokenizer), config.marker if config.placement != "none" else "none"
     if config.add_meta:
         if model.config.meta_id is not None:
@@ -494,7 +490,7 @@ class Run:
         shorter = [FIRST_PHASE << i for i in range(24) if smallest(config.task, encoding) <= FIRST_PHASE << i < config.train_length]
         self.phases = [*shorter, config.train_length]
         marked = {"meta": "with meta-tokens", "fresh": "with a fresh token", "text": "with #", "none": "without marks"}[self.marker]
-        self.label = config.label or f"{os.path.basename(os.path.normpath(self.pretrained['path'])).removesuffix('.pt')} {marked}"
+        self.label = config.label or f"{train.stem(self.pretrained['path'])} {marked}"
         self.name = re.sub(r"[^\w.-]+", "_", f"{self.label}_{config.task}_{self.placement}_{self.marker}_"
                                               f"{config.train_length}_s{self.pretrained['seed']}_{config.seed}")
         self.result, self.checkpoint = f"results/{self.name}.json", os.path.join(config.out_dir, f"{self.name}.pt")

@@ -8,6 +8,7 @@ What a step does is a function of the settings and its number alone (and of the 
 killed and resumed, or spread over more processes, a run takes the same steps. Writes ckpt.pt (the last state), best.pt
 (of the lowest validation loss), log.jsonl and loss.png to out_dir.
 """
+import hashlib
 import json
 import math
 import os
@@ -57,9 +58,9 @@ class Machine:
         if self.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
-        if self.type == "cpu" and self.world > 1:  # the processes of a machine share its cores
-            torch.set_num_threads(max(prepare.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", self.world)), 1))
         if self.world > 1:
+            if self.type == "cpu":  # the processes of a machine share its cores
+                torch.set_num_threads(max(prepare.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", self.world)), 1))
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.type == "cuda" else "gloo")
 
     def autocast(self):
@@ -230,7 +231,7 @@ def load_trained(config):
             adopt_tokenizer(config, "gpt2")
             model, checkpoint = GPT.from_pretrained(config.init_from), None
         else:
-            checkpoint = load_checkpoint(config.out_dir if config.init_from in ("resume", "scratch") else config.init_from)
+            checkpoint = load_checkpoint(path_of(config))
             adopt_tokenizer(config, checkpoint["settings"]["tokenizer"])
             model = GPT.from_checkpoint(checkpoint)
         adopt(config, asdict(model.config))
@@ -243,6 +244,23 @@ def load_trained(config):
         return model.reconfigured(**overrides), checkpoint
     except ValueError as e:
         raise config.error(e) from None
+
+
+def path_of(config):
+    """Where load_trained reads: out_dir for a run's own checkpoint."""
+    return config.out_dir if config.init_from in ("resume", "scratch") else config.init_from
+
+
+def stem(path):
+    """A checkpoint's name: its file's without .pt, or its folder's."""
+    return os.path.basename(os.path.normpath(path)).removesuffix(".pt")
+
+
+def sha256_of_weights(model):
+    digest = hashlib.sha256()
+    for name, p in model.state_dict().items():
+        digest.update(name.encode() + p.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def adopt_tokenizer(config, name):

@@ -124,6 +124,13 @@ class Config:
         where = ", ".join(f"{n}: {self.origin.get(n, 'default')}" for n in names)
         return SystemExit(f"error: {message}" + (f" ({where})" if where else ""))
 
+    def parts(self, every):
+        """The names that `what` asks for, of those that a script has. Raises SystemExit."""
+        names = list(every) if self.what == "all" else self.what.split(",")
+        if unknown := set(names) - set(every):
+            raise self.error(f"what={self.what}: no part {', '.join(sorted(unknown))}; there are {', '.join(every)}")
+        return names
+
 
 SETTINGS = {f.name: f.type for f in fields(Config)}
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}

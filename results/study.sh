@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study of README's "Results": pre-trains three models a seed, tunes each with every mark, measures, draws the figure.
+# The study of README's "Results": pre-trains four models a seed, tunes each with every mark, measures, draws the figure.
 #
 #     results/study.sh                    # hours of two cores; SEEDS="1 2" and JOBS=4 change how many
 #
