@@ -566,7 +566,7 @@ class Run:
                 inputs = [replace(e, tokens=e.tokens[e.tokens != stream.mark]) for e in examples] if row == "no_meta" else examples
                 with ablated(model, row):
                     rows.append(score(row, length, "teacher forcing", *measure(model, inputs, length, self.machine)[:2]))
-                    if config.task == "copying":
+                    if config.task == "copying" and row == "full":
                         rows.append(score(row, length, "generation", measure_generation(model, inputs[:GENERATED], self.machine)))
         return tests, rows
 
@@ -667,7 +667,7 @@ def tables(panels):
         for line, group in lines.items():
             for row, by in dict.fromkeys((r["row"], r["by"]) for result in group for r in result["rows"] if "by" in r):
                 cells = (cell(correct_of(group, length, row, by)) for length in lengths)
-                what = row + (" (out of distribution)" if row == "no_meta" else "") + (", generated" if by == "generation" else "")
+                what = row + {"no_meta": " (out of distribution)"}.get(row, "") + {"generation": ", generated"}.get(by, "")
                 seeds = f", {len(group)} seeds" if len(group) > 1 else ""
                 yield f"| {line}{seeds} | {what} | {group[0]['train_length']} | " + " | ".join(cells) + " |"
         if len(lines) > 1:
