@@ -18,7 +18,7 @@ pretrain() {  # model seed settings...: the model $OUT/<model>_s<seed>
 
 tune() {  # model seed task placement marker label settings...: results/<label>_<task>_<placement>_....json
     python eval_synthetic.py "$CONFIG" --init_from="$OUT/$1_s$2" --out_dir="$OUT" --seed="$2" --task="$3" --placement="$4" \
-        --marker="$5" --label="$6" --workers=1 "${@:7}" >> "$OUT/$1_$3_$4_$5_s$2$7.log" 2>&1
+        --marker="$5" --label="$6" --workers=1 "${@:7}" >> "$OUT/${6%% *}_$3_$4_$5_s$2.log" 2>&1
 }
 export -f pretrain tune
 
