@@ -653,25 +653,34 @@ def cell(correct):
     return f"{100 * seeds.mean():.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
+def learned_at(group):
+    """When half of validation was right for the first time: the fine-tuning step of each seed."""
+    steps = (next((point["step"] for point in result["validation"] if point["exact"] >= 0.5), None) for result in group)
+    return ", ".join("never" if step is None else f"{step:,}" for step in steps)
+
+
 def tables(panels):
-    """Markdown: exact match of every row, and the paired differences of the lines, per task."""
+    """Markdown: exact match of every row and how soon it was learned, and the paired differences of the lines, per task."""
     for task, lines in panels.items():
         every = [result for group in lines.values() for result in group]
         lengths = sorted({row["length"] for result in every for row in result["rows"]})
-        head = "".join(f" {length} |" for length in lengths) + "\n|" + "---|" * (len(lengths) + 3)
-        yield f"\n**{task}**, exact match in % (95% interval; of several seeds their range)\n\n| model | row | tuned at |{head}"
+        head, rule = "".join(f" {length} |" for length in lengths), "---|" * (len(lengths) + 3)
+        yield (f"\n**{task}**, exact match in % (95% interval; of several seeds their range)\n\n"
+               f"| model | row | tuned at |{head} half of validation right at step |\n|{rule}---|")
         tests = {int(length): test for result in every for length, test in result["tests"].items()}
         for name in ("chance", "majority"):
             cells = (f"{100 * tests[length][name]:.1f}" if length in tests else "-" for length in lengths)
-            yield f"| {name} | | | " + " | ".join(cells) + " |"
+            yield f"| {name} | | | " + " | ".join(cells) + " | |"
         for line, group in lines.items():
             for row, by in dict.fromkeys((r["row"], r["by"]) for result in group for r in result["rows"] if "by" in r):
                 cells = (cell(correct_of(group, length, row, by)) for length in lengths)
                 what = row + {"no_meta": " (out of distribution)"}.get(row, "") + {"generation": ", generated"}.get(by, "")
                 seeds = f", {len(group)} seeds" if len(group) > 1 else ""
-                yield f"| {line}{seeds} | {what} | {group[0]['train_length']} | " + " | ".join(cells) + " |"
+                yield (f"| {line}{seeds} | {what} | {group[0]['train_length']} | " + " | ".join(cells)
+                       + f" | {learned_at(group) if what == 'full' else ''} |")
         if len(lines) > 1:
-            yield f"\nPaired differences on the same examples, in points (95% interval over examples)\n\n| second minus first | | |{head}"
+            yield ("\nPaired differences on the same examples, in points (95% interval, over seeds where both have as many, else over "
+                   f"examples)\n\n| second minus first | | |{head}\n|{rule}")
         for a, b in itertools.combinations(lines, 2):
             cells = []
             for length in lengths:

@@ -1113,6 +1113,12 @@ def test_intervals_are_the_known_ones():
     assert mean == pytest.approx(1 / 3) and (high - low) / 2 == pytest.approx(4.30 * np.std([0.5, 0, 0.5], ddof=1) / 3**0.5)
 
 
+def test_a_task_is_learned_at_the_first_validation_with_half_right():
+    exact = [[0, 0.5, 0.4, 0.9], [0, 0.1, 0.2, 0.49], [0.6, 0, 0, 0]]
+    group = [{"validation": [{"step": 500 * (i + 1), "exact": e} for i, e in enumerate(seed)]} for seed in exact]
+    assert eval_synthetic.learned_at(group) == "1,000, never, 500"
+
+
 def save_model(path, **changes):
     model = small_model(**{"n_embd": 16, "n_layer": 1} | changes)
     train.save(path, {"model": model.state_dict(), "model_config": vars(model.config), "step": 7,
@@ -1179,7 +1185,7 @@ def test_runs_are_measured_tabled_and_drawn(tuned, capsys):
     eval_synthetic.main(["--plot", *tuned, "results/bench_cpu.json"])
     printed = capsys.readouterr().out
     assert open("results/synthetic.png", "rb").read(4) == b"\x89PNG"
-    assert "| chance |" in printed and "| plain without marks, 2 seeds |" in printed
+    assert "| chance |" in printed and "| plain without marks, 2 seeds |" in printed and "| never, never |" in printed
     assert "| plain without marks - plain with a fresh token, marks: all |" in printed
     widths = {(block, line.count("|")) for block, part in enumerate(printed.split("\n\n")) for line in part.splitlines() if "|" in line}
     assert len(widths) == len({block for block, _ in widths})  # every table has one width
@@ -1291,13 +1297,16 @@ def test_every_config_describes_a_run(path, tmp_path, monkeypatch):
     if path.endswith("__init__.py"):
         pytest.skip("not a config")
     config = settings.load([path])
-    worlds = {"study": (1,), "quickstart": (1, 2), "meta_gpt2_h100": (1, 2)}  # small ones are for few processes
-    for world in worlds.get(os.path.basename(path).removesuffix(".py"), (1, 2, 8)):
+    name = os.path.basename(path).removesuffix(".py")
+    worlds = {"study": (1,), "study_gpu": (1,), "quickstart": (1, 2), "meta_gpt2_h100": (1, 2)}  # small ones are for few processes
+    for world in worlds.get(name, (1, 2, 8)):
         train.check_start(config, SimpleNamespace(world=world))
-        if config.init_from == "scratch":
-            with torch.device("meta"):
-                n = GPT(train.new_model_config(config, 50257)).num_params() / 1e6
-            assert config.tokenizer == "bytes" or n == pytest.approx(152 if config.meta_attention or config.n_layer == 16 else 124, abs=0.5)
+    if config.init_from == "scratch":
+        with torch.device("meta"):
+            n = GPT(train.new_model_config(config, 257 if config.tokenizer == "bytes" else 50257)).num_params() / 1e6
+        like = {"meta_gpt2_h100": "meta_gpt2"}.get(name, name)  # README gives the millions of parameters
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            assert f"{n:.1f}" == re.search(rf"^\| `{like}` \|.*\| ([\d.]+)M \|$", file.read(), re.M)[1]
 
 
 def test_the_defaults_are_the_papers_run():
