@@ -43,6 +43,7 @@ SOLVED = 0.99                        # exact match on validation at which stop_s
 TEST_SEED = 0                        # of validation and test: the same examples for every run, so that runs can be compared
 SPLITS = ("train", "validation", "test")
 T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, by number of seeds
+PLACES = {"task": "marks at what is asked for", "all": "marks at all alike", "random": "marks anywhere", "none": "no marks"}
 MARK = "\0"                          # where a mark may stand, in the templates below
 
 # Common words of three letters: each a single token of GPT-2's BPE behind a space, and four bytes, so that the length of a
@@ -610,20 +611,31 @@ def read_result(path):
 
 
 def merge(results):
-    """{task: {line: [result of each seed]}}. Raises SystemExit where results of a line or a task cannot be compared."""
-    tests, panels = {}, {}
+    """{(task, placement): {label: [result of each seed]}}, a panel each; what has no marks stands in every panel of its task.
+
+    Raises SystemExit where results of a task or a line cannot be compared.
+    """
+    tests, lines = {}, {}
     for path, result in results.items():
         for length, test in result["tests"].items():
             there, first = tests.setdefault((result["task"], length), (test["sha256_of_prompts"], path))
             if there != test["sha256_of_prompts"]:
                 raise SystemExit(f"error: {path} and {first} were measured on different test examples of {result['task']} at {length}")
-        line = result["label"] + (f", marks: {result['placement']}" if result["placement"] != "none" else "")
-        group = panels.setdefault(result["task"], {}).setdefault(line, [])
+        group = lines.setdefault((result["task"], result["placement"], result["label"]), [])
         if group and group[0]["train_length"] != result["train_length"]:
-            raise SystemExit(f"error: {path}: '{line}' has results of different training lengths: give them different --label=")
+            raise SystemExit(f"error: {path}: '{result['label']}' has results of different training lengths: give them different --label=")
         group.append(result)
         group.sort(key=lambda result: str(result["seeds"]))
-    return {task: panels[task] for task in TASKS if task in panels}
+    panels = {}
+    for task in TASKS:
+        at = {place: {label: group for (t, p, label), group in lines.items() if (t, p) == (task, place)} for place in PLACES}
+        unmarked = at.pop("none")
+        for place, marked in at.items():
+            if marked:
+                panels[task, place] = {label + ", no marks" * (label in marked): group for label, group in unmarked.items()} | marked
+        if unmarked and not any(at.values()):
+            panels[task, "none"] = unmarked
+    return panels
 
 
 def correct_of(group, length, row="full", by="teacher forcing"):
@@ -660,12 +672,12 @@ def learned_at(group):
 
 
 def tables(panels):
-    """Markdown: exact match of every row and how soon it was learned, and the paired differences of the lines, per task."""
-    for task, lines in panels.items():
+    """Markdown: exact match of every row and how soon it was learned, and the paired differences of the lines, per panel."""
+    for (task, place), lines in panels.items():
         every = [result for group in lines.values() for result in group]
         lengths = sorted({row["length"] for result in every for row in result["rows"]})
         head, rule = "".join(f" {length} |" for length in lengths), "---|" * (len(lengths) + 3)
-        yield (f"\n**{task}**, exact match in % (95% interval; of several seeds their range)\n\n"
+        yield (f"\n**{task}, {PLACES[place]}**: exact match in % (95% interval; of several seeds their range)\n\n"
                f"| model | row | tuned at |{head} half of validation right at step |\n|{rule}---|")
         tests = {int(length): test for result in every for length, test in result["tests"].items()}
         for name in ("chance", "majority"):
@@ -709,11 +721,10 @@ def plot(paths):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(len(panels), 2, figsize=(11, 0.8 + 4 * len(panels)), layout="constrained", squeeze=False)
-    labels = list(dict.fromkeys(group[0]["label"] for lines in panels.values() for group in lines.values()))
-    for (test, tuning), (task, lines) in zip(axes, panels.items()):
+    labels = list(dict.fromkeys(line for lines in panels.values() for line in lines))
+    for (test, tuning), ((task, place), lines) in zip(axes, panels.items()):
         for line, group in lines.items():
-            style = {"color": f"C{labels.index(group[0]['label'])}", "marker": "o", "markersize": 3, "label": line,
-                     "linestyle": {"task": "-", "all": "--", "random": ":", "none": "-."}[group[0]["placement"]]}
+            style = {"color": f"C{labels.index(line)}", "marker": "o", "markersize": 3, "label": line}
             lengths = sorted({row["length"] for result in group for row in result["rows"] if "exact" in row})
             curve(test, lengths, [correct_of(group, length).mean(1) for length in lengths], style)
             steps = sorted(set.intersection(*({point["step"] for point in result["validation"]} for result in group)))
@@ -727,8 +738,9 @@ def plot(paths):
         test.set_xscale("log", base=2)
         test.set_xticks(sorted(chance), labels=map(str, sorted(chance)))
         test.minorticks_off()
-        test.set(title=f"{task.replace('_', ' ')}, test", xlabel="evaluation length (tokens)", ylabel="exact match (%)", ylim=(-3, 103))
-        tuning.set(title=f"{task.replace('_', ' ')}, validation at the training length", xlabel="fine-tuning step", ylim=(-3, 103))
+        test.set(title=f"{task.replace('_', ' ')}, {PLACES[place]}: test", xlabel="evaluation length (tokens)", ylabel="exact match (%)",
+                 ylim=(-3, 103))
+        tuning.set(title="validation at the training length", xlabel="fine-tuning step", ylim=(-3, 103))
         for ax in (test, tuning):
             ax.grid(alpha=0.3)
     entries = {name: line for ax in axes[:, 0] for line, name in zip(*ax.get_legend_handles_labels())}
