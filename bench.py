@@ -202,6 +202,28 @@ def loss(config, shape, machine):
                             "in chunks": work(lambda: LinearCrossEntropy.apply(x, head.weight, y, True))}, machine, rounds=3)
 
 
+def tuning(config, shape, machine):
+    """Forward and backward of fine-tuning on 8 answer tokens a sequence with GPT-2's vocabulary: predicting everywhere, and there alone."""
+    torch.manual_seed(0)
+    B, T, A = 16, 512 if config.gpu else 256, 8
+    model = GPT(replace(shape, vocab_size=50304, meta_id=50257, block_size=T)).to(machine.device)
+    tokens = torch.randint(0, 50257, (B, T + 1), device=machine.device)
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    at = torch.arange(T - A, T, device=machine.device).expand(B, A)
+    everywhere, answers = torch.full_like(y, -1).scatter(1, at, y.gather(1, at)), y.gather(1, at)
+    forward = torch.compile(model, dynamic=False) if machine.compile else model
+
+    def work(y, at=None):
+        def step():
+            with machine.autocast():
+                forward(x, y, n_meta=16, at=at)[1].backward()
+            model.zero_grad(set_to_none=True)
+            return B * T, None
+        return step
+
+    return compare("tuning", {"predicting everywhere": work(everywhere), "predicting at the answers": work(answers, at)}, machine, rounds=3)
+
+
 def memory(config, shape, machine):
     """Bytes that a token takes in training, from the peaks of two micro-batches, and the largest that the device holds."""
     small, large = (training_step(shape, machine, n, compiled=machine.compile) for n in (2, 4))
@@ -298,7 +320,7 @@ def preparation(config, shape, machine):
 
 def main(argv=None):
     config = settings.load(argv)
-    every = {part.__name__: part for part in (training, meta, loss, generation, reading, memory if config.gpu else preparation)}
+    every = {part.__name__: part for part in (training, meta, loss, tuning, generation, reading, memory if config.gpu else preparation)}
     names = config.parts(every)
     size = {"batch_size": 24} if config.gpu else {"n_layer": 6, "n_head": 6, "n_embd": 384, "batch_size": 8}
     for name, value in size.items():

@@ -228,14 +228,17 @@ def draw_split(pool, stream, split, length, n):
 
 
 def collate(examples, longest, bucket=64):
-    """x and y, int64 (B, T): padded at the right, the targets -1 outside the answers. T is a multiple of bucket, or longest."""
+    """(x, at, y): int64 (B, T), padded at the right; the positions that predict the answers' tokens, (B, A), and these tokens, -1
+    behind the last. T is a multiple of bucket, or longest; A one of 8."""
     T = min(-(-max(len(e.tokens) for e in examples) // bucket) * bucket, longest)
-    x, y = torch.zeros(len(examples), T, dtype=torch.long), torch.full((len(examples), T), -1)
+    B, A = len(examples), -(-max(e.n_answer for e in examples) // 8) * 8
+    x, at, y = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, A, dtype=torch.long), torch.full((B, A), -1)
     for row, e in enumerate(examples):
         n = len(e.tokens) - 1
         x[row, :n] = torch.from_numpy(e.tokens[:-1])
-        y[row, n - e.n_answer:n] = torch.from_numpy(e.tokens[-e.n_answer:])
-    return x, y
+        at[row, :e.n_answer] = torch.arange(n - e.n_answer, n)
+        y[row, :e.n_answer] = torch.from_numpy(e.tokens[-e.n_answer:])
+    return x, at, y
 
 
 def count_meta(model, x):
@@ -323,16 +326,15 @@ def measure(model, examples, longest, machine):
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
     batch_size = max(EVAL_TOKENS // longest, 1)
     for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
-        x, y = collate([examples[i] for i in batch], longest)
+        x, at, y = collate([examples[i] for i in batch], longest)
+        n_meta = count_meta(model, x)
+        x, at, y = (t.to(machine.device) for t in (x, at, y))
         with machine.autocast():
-            logits = model(x.to(machine.device), n_meta=count_meta(model, x))[0]
-        y = y.to(machine.device)
-        logits, answer = logits[y >= 0][:, :model.config.text_vocab_size].float(), y[y >= 0]
-        hit = torch.ones_like(y, dtype=torch.bool)
-        hit[y >= 0] = logits.argmax(-1) == answer
-        correct[batch] = hit.all(1).cpu().numpy()
-        hits, count = hits + hit[y >= 0].sum().item(), count + len(answer)
-        loss += F.cross_entropy(logits, answer, reduction="sum").item()
+            logits = model(x, n_meta=n_meta, at=at)[0][..., :model.config.text_vocab_size].float()
+        is_answer, hit = y >= 0, logits.argmax(-1) == y
+        correct[batch] = (hit | ~is_answer).all(1).cpu().numpy()
+        hits, count = hits + hit.sum().item(), count + is_answer.sum().item()
+        loss += F.cross_entropy(logits[is_answer], y[is_answer], reduction="sum").item()
     model.train()
     return correct, hits / count, loss / count
 
@@ -445,14 +447,15 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
         if done:
             break
         (_, _, length, _, _), examples = next(batches)
-        x, y = collate(examples, length, bucket=length if machine.compile else 16)
+        x, at, y = collate(examples, length, bucket=length if machine.compile else 16)
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(schedule, step, clock())
         if config.dropout > 0:
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
         n_meta = count_meta(model, x)
+        x, at, y = (t.to(device, non_blocking=True) for t in (x, at, y))
         with machine.autocast():
-            loss = forward(x.to(device, non_blocking=True), y.to(device, non_blocking=True), n_meta=n_meta)[1]
+            loss = forward(x, y, n_meta=n_meta, at=at)[1]
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)

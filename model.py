@@ -305,10 +305,11 @@ class GPT(nn.Module):
         text = 6 * (self.num_params() - meta_params) + 12 * c.n_layer * c.n_embd * T
         return text + c.meta_attention * n_meta / T * (6 * meta_params + 12 * c.n_layer * c.n_embd * n_meta)
 
-    def forward(self, idx, targets=None, n_meta=None, cache=None):
+    def forward(self, idx, targets=None, n_meta=None, cache=None, at=None):
         """idx: (B, T) token ids; targets: (B, T), -1 where there is nothing to predict.
         n_meta: an upper bound on the meta-tokens of a row, as a host integer; without it they are counted, which
         waits for the device. cache: a list of BlockCache, to which idx is appended.
+        at: (B, A), the positions to predict at, where it is not all of them; A then stands for T in targets and logits.
 
         Returns (logits, None), logits (B, T, vocab_size); or, with targets, (None, loss): the mean cross-entropy in
         nats over the positions whose target is neither -1 nor the meta-token (paper, section 3).
@@ -333,6 +334,8 @@ class GPT(nn.Module):
         meta = self._find_meta(is_meta, n_meta, rope, cache) if c.meta_attention else None
         for i, block in enumerate(self.transformer.h):
             x = block(x, rope, meta, cache[i] if cache else None)
+        if at is not None:
+            x = x.gather(1, at.unsqueeze(-1).expand(-1, -1, c.n_embd))               # (B, A, C)
         x = self.transformer.ln_f(x)
 
         if targets is None:
@@ -489,12 +492,14 @@ class GPT(nn.Module):
                 if on_full:
                     on_full()
                     on_full = None
-            if use_cache and cache is None:
-                cache, new, n_meta = [BlockCache(c.block_size) for _ in range(c.n_layer)], window, None
-            else:
-                n_meta = new.size(1) - 1  # all but the sampled token
-            logits = self(new, n_meta=n_meta, cache=cache)[0] if use_cache else self(window)[0]
-            new = self._sample(logits[:, -1], temperature, top_k, top_p, generator)
+            seen, n_meta = window, None
+            if cache is not None:
+                seen, n_meta = new, new.size(1) - 1  # all but the sampled token may be meta-tokens
+            elif use_cache:
+                cache = [BlockCache(c.block_size) for _ in range(c.n_layer)]
+            last = torch.full_like(idx[:, :1], seen.size(1) - 1)
+            logits = self(seen, n_meta=n_meta, cache=cache, at=last)[0][:, 0]
+            new = self._sample(logits, temperature, top_k, top_p, generator)
             window, position = torch.cat([window, new], 1), position + 1
             yield new
 

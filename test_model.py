@@ -241,6 +241,16 @@ def test_loss_ignores_targets_that_are_meta_tokens_or_minus_one():
     torch.testing.assert_close(model(idx, targets)[1], expected)
 
 
+def test_predicting_at_some_positions_is_predicting_at_all_of_them_and_choosing():
+    model, idx, targets = build(), text_with_meta((5, 2)), text_with_meta((6, 3), seed=1)
+    at = torch.tensor([[7, 0, 3], [9, 9, 1]])
+    torch.testing.assert_close(model(idx, at=at)[0], model(idx)[0][torch.arange(2)[:, None], at])
+    chosen = torch.full_like(targets, -1).scatter(1, at, targets.gather(1, at))
+    for i in range(2):  # row by row: 9 stands twice
+        row, once = slice(i, i + 1), at[i:i + 1].unique(dim=1)
+        torch.testing.assert_close(model(idx[row], targets[row].gather(1, once), at=once)[1], model(idx[row], chosen[row])[1])
+
+
 def test_parameter_counts_are_the_papers():
     def millions(**changes):
         with torch.device("meta"):
@@ -1021,12 +1031,15 @@ def test_streams_are_functions_of_seed_split_length_and_number_and_share_no_exam
 
 def test_a_batch_is_padded_at_the_right_and_asks_for_the_answers_alone():
     drawn = examples("copying", 5, 256)
-    x, y = eval_synthetic.collate(drawn, 256)
-    assert x.shape == y.shape and x.size(1) % 64 == 0 and x.size(1) - 64 < max(len(e.tokens) for e in drawn)
-    for row, target, e in zip(x, y, drawn):
+    x, at, y = eval_synthetic.collate(drawn, 256)
+    assert x.size(1) % 64 == 0 and x.size(1) - 64 < max(len(e.tokens) for e in drawn)
+    assert at.shape == y.shape and y.size(1) % 8 == 0 and y.size(1) - 8 < max(e.n_answer for e in drawn)
+    for row, where, target, e in zip(x, at, y, drawn):
         n = len(e.tokens) - 1
         assert row[:n].tolist() == e.tokens[:-1].tolist() and not row[n:].any()
-        assert bytes(target[n - e.n_answer:n].tolist()).decode() == e.answer and (target >= 0).sum() == e.n_answer
+        assert bytes(target[target >= 0].tolist()).decode() == e.answer and (target >= 0).sum() == e.n_answer
+        assert row[where[1:e.n_answer]].tolist() == target[:e.n_answer - 1].tolist()  # a token is read, then the next predicted
+        assert where[e.n_answer - 1] == n - 1
     assert eval_synthetic.collate(drawn, 250)[0].size(1) <= 250
 
 
@@ -1249,6 +1262,18 @@ def test_impossible_tunings_are_refused_in_one_line(tmp_path, monkeypatch, args,
     save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
     assert expected in refusal(eval_synthetic.main, ["--init_from=meta.pt", *TUNE, *args])
     assert not os.path.exists("results") and not os.path.exists("out")
+
+
+def test_a_model_extended_by_yarn_is_tuned_and_measured_beyond_its_window(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model("rope.pt", block_size=64)
+    eval_synthetic.main(["--init_from=rope.pt", "--yarn_scale=4", "--block_size=256", *TUNE, "--eval_lengths=192,640", "--task_lr=1e-3",
+                         "--rows=full", "--label=yarn"])
+    name = "yarn_list_recall_task_meta_192_s5_1337"
+    rows = eval_synthetic.read_result(f"results/{name}.json")["rows"]
+    assert [(row["length"], row["n"]) for row in rows] == [(192, 12), (640, 12)]
+    config = load_checkpoint(f"out/{name}.pt")["model_config"]
+    assert (config["block_size"], config["original_block_size"], config["yarn_scale"]) == (256, 64, 4.0)
 
 
 def test_meta_tokens_are_added_for_fine_tuning(tmp_path, monkeypatch):
