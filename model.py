@@ -334,9 +334,9 @@ class GPT(nn.Module):
         meta = self._find_meta(is_meta, n_meta, rope, cache) if c.meta_attention else None
         for i, block in enumerate(self.transformer.h):
             x = block(x, rope, meta, cache[i] if cache else None)
+        x = self.transformer.ln_f(x)
         if at is not None:
             x = x.gather(1, at.unsqueeze(-1).expand(-1, -1, c.n_embd))               # (B, A, C)
-        x = self.transformer.ln_f(x)
 
         if targets is None:
             return self.lm_head(x), None
