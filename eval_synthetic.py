@@ -37,7 +37,7 @@ from model import GPT, load_checkpoint
 FORMAT = "synthetic tasks 1"
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)  # tried for every model alike
 FIRST_PHASE = 64                     # tokens; every further phase of the curriculum is twice as long
-EVAL_TOKENS = 16384                  # positions in a batch of evaluation: their logits take the memory
+EVAL_TOKENS = 16384                  # positions in a batch of evaluation
 GENERATED = 256                      # examples that are also generated freely
 SOLVED = 0.99                        # exact match on validation at which stop_solved stops
 TEST_SEED = 0                        # of validation and test: the same examples for every run, so that runs can be compared
