@@ -286,6 +286,29 @@ def test_a_training_step_neither_breaks_the_graph_nor_waits_for_the_device():
         model(idx, idx)
 
 
+def test_once_training_and_validation_have_run_nothing_is_compiled_again():
+    model = GPT(TINY)
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = model.configure_optimizer(1e-3)
+
+    def train_and_validate(seed):
+        for i in range(2):
+            idx = text_with_meta((3, 3), seed=seed + i)
+            compiled(idx, idx, n_meta=3)[1].backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        model.eval()
+        with torch.no_grad():
+            compiled(idx, torch.full_like(idx, -1), n_meta=3)
+        model.train()
+
+    train_and_validate(0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train_and_validate(10)
+        with pytest.raises(torch._dynamo.exc.RecompileError):  # the check itself works
+            compiled(idx := text_with_meta((3, 3)), idx, n_meta=4)
+
+
 def test_frequencies_survive_a_change_of_precision():
     model = GPT(TINY)
     assert torch.equal(model.bfloat16().inv_freq, rope_frequencies(TINY)[0])
