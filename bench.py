@@ -8,6 +8,7 @@ Prints a table and writes results/bench_<device>.json. Rows of a group take turn
 slows them all, and each reports the best of its rounds: what disturbs a measurement only ever adds to it.
 """
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -118,8 +119,8 @@ def loss_of_all_logits(model, x, y):
     return F.cross_entropy(model(x)[0].flatten(0, 1).float(), y.flatten(), ignore_index=-1)
 
 
-def training_step(config, machine, batch_size, compiled, precise=False, make_dense=False, all_logits=False):
-    """A function that takes one optimiser step of a model on random tokens with meta-tokens among them."""
+def training_step(config, machine, batch_size, compiled, precise=False, make_dense=False, all_logits=False, batches=None):
+    """A function that takes one optimiser step of a model on random tokens with meta-tokens among them, or on the next batch."""
     torch.manual_seed(0)
     model = GPT(config).to(machine.device)
     model = dense(model) if make_dense else model
@@ -134,10 +135,11 @@ def training_step(config, machine, batch_size, compiled, precise=False, make_den
     if config.meta_id is not None:
         for row in tokens:
             row[1 + torch.randperm(T - 1)[:n_meta]] = config.meta_id
-    x, y = tokens[:, :-1].to(machine.device), tokens[:, 1:].to(machine.device)
-    flops = model.flops_per_token(T, n_meta) * x.numel()
+    batches = batches or itertools.repeat((tokens[:, :-1].to(machine.device), tokens[:, 1:].to(machine.device)))
+    flops = model.flops_per_token(T, n_meta) * batch_size * T
 
     def step():
+        x, y = next(batches)
         with torch.autocast(machine.type, machine.dtype, enabled=not precise and machine.dtype != torch.float32):
             loss = run(x, y)
         loss.backward()
@@ -239,32 +241,40 @@ def memory(config, shape, machine):
 
 
 def reading(config, shape, machine):
-    """Shuffled blocks of 1024 from disk through train.py's loader: from the page cache, and with the cache dropped before."""
-    T, n_blocks, batch = 1024, 20_000, 24
+    """Shuffled blocks of 1024 from disk through train.py's loader: alone, from the page cache and with the cache dropped before;
+    and under training, against a batch that is there already."""
+    T, n_blocks, plain = 1024, 20_000, replace(shape, meta_id=None, meta_attention=False)
+    batch = config.batch_size if config.gpu else max(config.batch_size // 4, 1)
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
         os.makedirs("data/d")
-        tokens = np.random.default_rng(0).integers(0, 50257, n_blocks * T + 1).astype(np.uint16)
+        tokens = np.random.default_rng(0).integers(0, plain.text_vocab_size, n_blocks * T + 1).astype(np.uint16)
         tokens.tofile("data/d/train_00000.bin")
-        own = settings.load(["--dataset=d", f"--batch_size={batch}", "--gradient_accumulation_steps=1"])
         manifest = {"block_size": T, "meta_id": 50257, "meta_per_block": 0,
                     "splits": {"train": {"shards": [{"file": "train_00000.bin", "tokens": n_blocks * T}]}}}
-        blocks = Blocks(own, manifest, "train")
+
+        def batches(size):
+            own = settings.load(["--dataset=d", f"--batch_size={size}", "--gradient_accumulation_steps=1"])
+            return prefetched(micro_batches(Blocks(own, manifest, "train"), own, machine, 0), machine.device)
 
         def read(cold):
             if cold and hasattr(os, "posix_fadvise"):
                 with open("data/d/train_00000.bin", "rb") as file:
                     os.fsync(file.fileno())
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            batches = prefetched(micro_batches(blocks, own, machine, 0), machine.device)
+            coming = batches(24)
             for _ in range(100):
-                next(batches)
-            return 100 * batch * T, None
+                next(coming)
+            return 100 * 24 * T, None
 
-        return compare("reading", {"page cache warm": lambda: read(False), "page cache cold": lambda: read(True)}, machine, rounds=3)
+        rows = compare("reading", {"page cache warm": lambda: read(False), "page cache cold": lambda: read(True)}, machine, rounds=3)
+        return rows + compare("reading", {
+            "training step, batch in memory": training_step(plain, machine, batch, machine.compile),
+            "training step, batches read": training_step(plain, machine, batch, machine.compile, batches=batches(batch))}, machine)
 
 
 def generation(config, shape, machine):
-    """500 text tokens from a prompt of one: per text token, per position fed, several at a time, and the first alone."""
+    """Text tokens from a prompt of one, with the cache and without: 500, on a GPU 1,000. Then 500: per text token, per position fed,
+    several at a time; and the first alone."""
     torch.manual_seed(0)
     model = GPT(shape).to(machine.device, machine.dtype).eval()
 
@@ -276,7 +286,8 @@ def generation(config, shape, machine):
             return batch * (tokens.size(1) - prompt if per_position else new), None
         return work
 
-    rows = compare("generation", {"no cache": draw(use_cache=False), "KV cache": draw()}, machine, rounds=2)
+    new = 1000 if config.gpu else 500
+    rows = compare("generation", {"no cache": draw(new=new, use_cache=False), "KV cache": draw(new=new)}, machine, rounds=2)
     rows += compare("generation", {"KV cache, text only": draw(), "with meta-tokens, per text token": draw(meta_rate=0.1),
                                    "with meta-tokens, per position fed": draw(per_position=True, meta_rate=0.1)}, machine,
                     rounds=3 if config.gpu else ROUNDS)
