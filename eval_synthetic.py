@@ -35,7 +35,6 @@ import train
 from model import GPT, load_checkpoint
 
 FORMAT = "synthetic tasks 1"
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)  # tried for every model alike
 FIRST_PHASE = 64                     # tokens; every further phase of the curriculum is twice as long
 EVAL_TOKENS = 16384                  # positions in a batch of evaluation
 GENERATED = 256                      # examples that are also generated freely
@@ -380,6 +379,17 @@ def lengths_of(config):
     return [int(length) for length in config.eval_lengths.split(",")]
 
 
+def rates_of(config):
+    """task_lr as a list of numbers. Raises SystemExit."""
+    try:
+        rates = [float(rate) for rate in config.task_lr.split(",")]
+    except ValueError:
+        rates = [math.nan]
+    if not all(0 < rate < math.inf for rate in rates):
+        raise config.error(f"task_lr={config.task_lr}: expected learning rates above 0, such as 3e-4 or 1e-4,3e-4,1e-3")
+    return rates
+
+
 def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
     """Trains the model on the answers of one curriculum; with `save` it saves as it goes, to be called again with that state.
 
@@ -486,7 +496,7 @@ class Run:
                 raise config.error(f"{name}={length} is too short: {config.task} needs {smallest(config.task, encoding)} tokens")
         if self.model.config.pos == "absolute" and config.train_length > self.model.config.block_size:
             raise config.error(f"train_length={config.train_length}, but there are learned positions for {self.model.config.block_size}")
-        possible = possible_rows(self.model, mark)
+        possible, self.rates = possible_rows(self.model, mark), rates_of(config)
         self.rows = possible if config.rows == "all" else config.rows.split(",")
         for row in self.rows:
             if row not in possible:
@@ -498,12 +508,13 @@ class Run:
         self.name = re.sub(r"[^\w.-]+", "_", f"{self.label}_{config.task}_{self.placement}_{self.marker}_"
                                               f"{config.train_length}_s{self.pretrained['seed']}_{config.seed}")
         self.result, self.checkpoint = f"results/{self.name}.json", os.path.join(config.out_dir, f"{self.name}.pt")
-        settings_of_run = ("seed", "train_length", "phase_steps", "task_batch_size", "task_lr", "task_warmup", "trial_steps",
+        settings_of_run = ("seed", "train_length", "phase_steps", "task_batch_size", "task_warmup", "trial_steps",
                            "val_interval", "val_examples", "max_minutes", "weight_decay", "beta1", "beta2", "grad_clip",
                            "dropout", "stop_solved")
         self.identity = {"stream": asdict(self.stream), "pretrained": self.pretrained, "model": asdict(self.model.config),
+                         "task_lr": self.rates[0] if len(self.rates) == 1 else self.rates,
                          **{name: getattr(config, name) for name in settings_of_run}}
-        self.lr = {"chosen": config.task_lr, "tried": {}}
+        self.lr = {"chosen": self.rates[0], "tried": {}}
 
     def go(self):
         """Fine-tunes, measures and writes the result, or goes on with what was begun."""
@@ -530,13 +541,15 @@ class Run:
         steps = config.phase_steps * len(self.phases)
         print(f"{self.name}: {steps} steps of {config.task_batch_size}, phases {', '.join(map(str, self.phases))}", flush=True)
         self.validation = draw_split(self.pool, self.stream, "validation", config.train_length, config.val_examples)
-        if state is None and not config.task_lr:
-            for lr in LEARNING_RATES:  # a short run of the whole curriculum each; the lowest validation loss wins
+        several = len(self.rates) > 1
+        if several and state is None:
+            for lr in self.rates:  # a short run of the whole curriculum each; the lowest validation loss wins
                 print(f"trial of learning rate {lr:g}")
-                loss = fine_tune(self, copy.deepcopy(self.model), lr, config.trial_steps, config.max_minutes / 10)[-1]["loss"]
+                loss = fine_tune(self, copy.deepcopy(self.model), lr, config.trial_steps,
+                                 0.3 * config.max_minutes / len(self.rates))[-1]["loss"]
                 self.lr["tried"][str(lr)] = loss if math.isfinite(loss) else sys.float_info.max
             self.lr["chosen"] = float(min(self.lr["tried"], key=self.lr["tried"].get))
-        minutes = config.max_minutes * (1 if config.task_lr else 0.7)  # the trials have had the rest
+        minutes = config.max_minutes * (0.7 if several else 1)  # the trials have had the rest
         history = state["history"] if state and state["finished"] else fine_tune(
             self, self.model, self.lr["chosen"], steps, minutes, state, save=True)
         tests, rows = self.measure_rows()

@@ -1268,6 +1268,8 @@ def test_bad_results_are_refused_in_one_line(tuned):
     (["--placement=above"], "placement=above: expected one of"),
     (["--marker=flag"], "marker=flag: expected one of"),
     (["--eval_lengths=128,many"], "eval_lengths=128,many: expected lengths in tokens"),
+    (["--task_lr=1e-3,fast"], "task_lr=1e-3,fast: expected learning rates above 0, such as 3e-4"),
+    (["--task_lr=0"], "task_lr=0: expected learning rates above 0"),
     (["--train_length=64"], "train_length=64 is too short: list_recall needs 83 tokens"),
     (["--eval_lengths=64", "--marker=none"], "eval_lengths=64 is too short: list_recall needs 83 tokens"),
     (["--task=all", "--eval_lengths=128"], "eval_lengths=128 is too short: segment_counting needs 137 tokens"),

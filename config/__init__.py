@@ -92,9 +92,9 @@ class Config:
     label: str = ""                     # name of the model in results and figures; empty: from init_from and marker
     phase_steps: int = 1125             # optimiser steps in each phase of the curriculum: 5 x 1125 x 16 = 90,000 examples
     task_batch_size: int = 16           # examples in a step
-    task_lr: float = 0.0                # peak learning rate of fine-tuning; 0: the best of three on validation examples
+    task_lr: str = "1e-4,3e-4,1e-3"     # peak learning rate of fine-tuning; of several (comma-separated) the best on validation examples
     task_warmup: int = 100              # steps of linear warm-up, a tenth of the run at most
-    trial_steps: int = 300              # steps of each of the three trials
+    trial_steps: int = 300              # steps of the trial of each learning rate
     val_interval: int = 250             # steps between validations, each with a checkpoint
     val_examples: int = 256             # validation examples, of train_length
     test_examples: int = 2000           # test examples at each evaluation length: 5 x 2000 = 10,000
@@ -149,7 +149,7 @@ POSITIVE = ("block_size", "n_layer", "n_head", "n_embd", "rope_base", "batch_siz
             "task_batch_size", "trial_steps", "val_interval", "val_examples", "test_examples", "analysis_blocks", "bottleneck_examples",
             "bottleneck_steps", "bottleneck_seeds")
 NOT_NEGATIVE = ("max_tokens", "workers", "max_iters", "max_minutes", "learning_rate", "min_lr", "warmup_iters",
-                "lr_decay_iters", "weight_decay", "grad_clip", "temperature", "top_k", "seed", "task_lr", "task_warmup")
+                "lr_decay_iters", "weight_decay", "grad_clip", "temperature", "top_k", "seed", "task_warmup")
 
 
 def load(argv=None):

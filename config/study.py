@@ -19,6 +19,6 @@ eval_iters = 64
 train_length = 256              # the window; what is measured beyond it was never trained on
 eval_lengths = "128,192,256,384,512"
 phase_steps = 1000
-task_lr = 2e-3
+task_lr = "2e-3"
 val_interval = 200
 test_examples = 400
