@@ -6,7 +6,8 @@
 
 The same text comes with marks of four kinds (the meta-token, a fresh token, an ordinary one, none) at places that tell the
 answer's (as in the paper) or say nothing about it: whatever differs between two runs is the model or the mark. Writes
-results/<name>.json, and the fine-tuned model to out_dir. The same command goes on after a kill, and takes the same steps.
+results/<name>.json, and the fine-tuned model to out_dir. The same command goes on after a kill, and takes the same steps (but
+for the clock, where max_minutes is set).
 """
 import copy
 import hashlib
@@ -253,7 +254,7 @@ def open_model(config):
     """(model, id of the mark, identity of the checkpoint), on the CPU. Raises SystemExit where they do not fit together."""
     torch.manual_seed(config.seed)  # of the meta-attention that may be added
     model, checkpoint = train.load_saved(config)
-    identity = {"path": train.path_of(config), "step": checkpoint and checkpoint["step"],
+    identity = {"path": os.path.normpath(train.path_of(config)), "step": checkpoint and checkpoint["step"],
                 "seed": checkpoint and checkpoint["settings"]["seed"], "sha256_of_weights": train.sha256_of_weights(model)}
     encoding, kind = get_encoding(config.tokenizer), config.marker if config.placement != "none" else "none"
     if config.add_meta:
@@ -411,7 +412,7 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
     torch._dynamo.config.cache_size_limit = 64  # a graph for each phase, and for few numbers of meta-tokens
     forward = torch.compile(model, dynamic=False) if machine.compile else model
     started, B = time.monotonic(), config.task_batch_size
-    first_step, length = step, None
+    first_step, length, norm = step, None, 0.0
 
     def clock():
         return minutes_before + (time.monotonic() - started) / 60
@@ -426,6 +427,11 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
             "scaler": scaler.state_dict(), "settings": asdict(config), "step": step, "minutes": clock(), "history": history,
             "loss_sum": loss_sum.item(), "summed": summed, "run": run.identity, "lr": run.lr, "finished": bool(done)})
 
+    def check_finite(loss):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):  # the scaler skips such steps
+            raise SystemExit(f"error: the loss is {loss}, the gradient's norm {float(norm)} at step {step}: the last good state is kept; "
+                             "try a lower --task_lr")
+
     def job(step):
         """The examples of a step are all of one length, so that there is next to no padding."""
         longest = phase(step)
@@ -434,14 +440,14 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
         return run.stream, "train", longest, range(step * B, (step + 1) * B), int(length)
 
     stop_request = train.StopRequest()
-    batches = prepare.ordered_map(run.pool, draw_batch, map(job, itertools.count(step)), ahead=8)  # drawn by other processes meanwhile
+    batches = prepare.ordered_map(run.pool, draw_batch, map(job, itertools.count(step)), ahead=32)  # drawn by other processes meanwhile
     model.train()
     while True:
         done = step >= steps or (minutes and clock() >= minutes)
         if (done or (save and step > 0 and step % config.val_interval == 0)) and not (history and history[-1]["step"] == step):
             correct, token_accuracy, loss = measure(model, run.validation, config.train_length, machine)
-            if save and not math.isfinite(loss):  # a trial may fail
-                raise SystemExit(f"error: the loss is {loss} at step {step}: the last good state is kept; try a lower --task_lr")
+            if save:  # a trial may fail
+                check_finite(loss)
             history.append({"step": step, "minutes": clock(), "phase": length, "exact": float(correct.mean()),
                             "token_accuracy": token_accuracy, "loss": loss, "train_loss": loss_sum.item() / max(summed, 1)})
             loss_sum, summed = torch.zeros_like(loss_sum), 0
@@ -452,8 +458,10 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
                 save_state()
         if stop_request.asked and not done:
             if save:
+                check_finite(loss_sum.item())
                 save_state()
-            raise SystemExit(f"stopped at step {step}; the same command goes on from " + ("there" if save else "the beginning"))
+            raise SystemExit(f"stopped at step {step}; the same command goes on from " + ("there" if save else "the beginning")
+                             + ", without --overwrite" * config.overwrite)
         if done:
             break
         (_, _, length, _, _), examples = next(batches)
@@ -468,7 +476,7 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
             loss = forward(x, y, n_meta=n_meta, at=at)[1]
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -629,8 +637,11 @@ def read_result(path):
 def merge(results):
     """{(task, placement): {label: [result of each seed]}}, a panel each; what has no marks stands in every panel of its task.
 
-    Raises SystemExit where results of a task or a line cannot be compared.
+    Raises SystemExit where results of a task cannot be compared, or those of a line differ in more than their seeds.
     """
+    def recipe(run):
+        return run | {"seed": None, "pretrained": None, "stream": run["stream"] | {"seed": None}}
+
     tests, lines = {}, {}
     for path, result in results.items():
         for length, test in result["tests"].items():
@@ -638,8 +649,10 @@ def merge(results):
             if there != test["sha256_of_prompts"]:
                 raise SystemExit(f"error: {path} and {first} were measured on different test examples of {result['task']} at {length}")
         group = lines.setdefault((result["task"], result["placement"], result["label"]), [])
-        if group and group[0]["train_length"] != result["train_length"]:
-            raise SystemExit(f"error: {path}: '{result['label']}' has results of different training lengths: give them different --label=")
+        if group and recipe(group[0]["run"]) != recipe(result["run"]):
+            raise SystemExit(f"error: {path}: '{result['label']}' has results of different settings: give them different --label=")
+        if any(other["seeds"] == result["seeds"] for other in group):
+            raise SystemExit(f"error: {path}: '{result['label']}' has another result of the same seeds: name one of the two")
         group.append(result)
         group.sort(key=lambda result: str(result["seeds"]))
     panels = {}
@@ -655,30 +668,35 @@ def merge(results):
 
 
 def correct_of(group, length, row="full", by="teacher forcing"):
-    """Exact match of a line's seeds, float (seeds, n); None where it was not measured."""
-    found = [np.unpackbits(np.frombuffer(bytes.fromhex(r["correct"]), np.uint8), count=r["n"]) for result in group for r in result["rows"]
-             if (r["row"], r["length"], r.get("by")) == (row, length, by)]
-    return np.array(found, dtype=float) if found else None
+    """Exact match of a line's results, {seeds: float (n,)}, where they measured it."""
+    return {str(result["seeds"]): np.unpackbits(np.frombuffer(bytes.fromhex(r["correct"]), np.uint8), count=r["n"]).astype(float)
+            for result in group for r in result["rows"] if (r["row"], r["length"], r.get("by")) == (row, length, by)}
+
+
+def tokens_of(group, length):
+    """Token accuracy of each of a line's results that measured it (the paper's metric)."""
+    return [r["token_accuracy"] for result in group for r in result["rows"]
+            if (r["row"], r["length"], r.get("by")) == ("full", length, "teacher forcing")]
 
 
 def paired_difference(a, b):
-    """Mean of b - a, float (seeds, n) each, on the same examples, and its 95% interval: over seeds (Student's t) where both have
-    as many of them, else over examples (normal approximation)."""
-    by_seed = len(a) == len(b) > 1
-    difference = (b - a).mean(1) if by_seed else b.mean(0) - a.mean(0)
-    if len(difference) < 2:
-        return difference.mean(), -math.inf, math.inf
-    half = (T_975.get(len(difference), 2.26) if by_seed else 1.96) * difference.std(ddof=1) / math.sqrt(len(difference))
-    return difference.mean(), difference.mean() - half, difference.mean() + half
+    """Mean of b - a, each {seeds: exact match, float (n,)} on the same examples, and its 95% interval: the wider one of that over
+    examples (normal approximation) and that over the seeds which both have (Student's t). Without such, all seeds' means are compared."""
+    differences = np.array([b[seeds] - a[seeds] for seeds in a if seeds in b] or [np.mean([*b.values()], 0) - np.mean([*a.values()], 0)])
+    means = (differences.mean(0), 1.96), (differences.mean(1), T_975.get(len(differences), 2.26))
+    half = max((t * over.std(ddof=1) / math.sqrt(len(over)) for over, t in means if len(over) > 1), default=math.inf)
+    mean = differences.mean()
+    return mean, max(mean - half, -1.0), min(mean + half, 1.0)
 
 
 def cell(correct):
     """Accuracy in %, with its Wilson interval, or over several seeds their range."""
-    if correct is None:
+    if not correct:
         return "-"
-    seeds = correct.mean(1)
-    low, high = (seeds.min(), seeds.max()) if len(seeds) > 1 else wilson(correct.sum(), correct.size)
-    return f"{100 * seeds.mean():.1f} ({100 * low:.1f}-{100 * high:.1f})"
+    first, *others = correct.values()
+    seeds = [c.mean() for c in (first, *others)]
+    low, high = (min(seeds), max(seeds)) if others else wilson(first.sum(), first.size)
+    return f"{100 * np.mean(seeds):.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def learned_at(group):
@@ -688,7 +706,7 @@ def learned_at(group):
 
 
 def tables(panels):
-    """Markdown: exact match of every row and how soon it was learned, and the paired differences of the lines, per panel."""
+    """Markdown, per panel: accuracy in every row and how soon it was learned, and the paired differences of the lines."""
     for (task, place), lines in panels.items():
         every = [result for group in lines.values() for result in group]
         lengths = sorted({row["length"] for result in every for row in result["rows"]})
@@ -700,30 +718,33 @@ def tables(panels):
             cells = (f"{100 * tests[length][name]:.1f}" if length in tests else "-" for length in lengths)
             yield f"| {name} | | | " + " | ".join(cells) + " | |"
         for line, group in lines.items():
+            first = f"| {line}, {len(group)} seeds |" if len(group) > 1 else f"| {line} |"
+            tuned = group[0]["train_length"]
             for row, by in dict.fromkeys((r["row"], r["by"]) for result in group for r in result["rows"] if "by" in r):
                 cells = (cell(correct_of(group, length, row, by)) for length in lengths)
                 what = row + {"no_meta": " (out of distribution)"}.get(row, "") + {"generation": ", generated"}.get(by, "")
-                seeds = f", {len(group)} seeds" if len(group) > 1 else ""
-                yield (f"| {line}{seeds} | {what} | {group[0]['train_length']} | " + " | ".join(cells)
-                       + f" | {learned_at(group) if what == 'full' else ''} |")
+                yield f"{first} {what} | {tuned} | " + " | ".join(cells) + f" | {learned_at(group) if what == 'full' else ''} |"
+            cells = (f"{100 * np.mean(shares):.1f}" if (shares := tokens_of(group, length)) else "-" for length in lengths)
+            yield f"{first} full, token accuracy | {tuned} | " + " | ".join(cells) + " | |"
         if len(lines) > 1:
-            yield ("\nPaired differences on the same examples, in points (95% interval, over seeds where both have as many, else over "
-                   f"examples)\n\n| second minus first | | |{head}\n|{rule}")
+            yield ("\nPaired differences on the same examples, in points (95% interval: the wider of that over examples and that over the "
+                   f"seeds which both have)\n\n| second minus first | such seeds | |{head}\n|{rule}")
         for a, b in itertools.combinations(lines, 2):
-            cells = []
-            for length in lengths:
-                pair = correct_of(lines[a], length), correct_of(lines[b], length)
-                cells.append("-" if pair[0] is None or pair[1] is None else
-                             "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in paired_difference(*pair))))
-            yield f"| {b} - {a} | | | " + " | ".join(cells) + " |"
+            shared = {str(result["seeds"]) for result in lines[a]} & {str(result["seeds"]) for result in lines[b]}
+            pairs = ((correct_of(lines[a], length), correct_of(lines[b], length)) for length in lengths)
+            differences = (100 * np.array(paired_difference(*pair)) if all(pair) else None for pair in pairs)
+            cells = ("-" if d is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*d) for d in differences)
+            yield f"| {b} - {a} | {len(shared)} | | " + " | ".join(cells) + " |"
 
 
-def curve(ax, x, seeds, style):
-    """The mean over seeds in %, each of them, and a band from the lowest to the highest. seeds: (len(x), seeds)."""
-    seeds = 100 * np.array(seeds)
+def curve(ax, points, n_seeds, style):
+    """The mean over seeds in %, each of them, and a band from the lowest to the highest. points: {x: [y of each seed]}, of which those
+    that some seed lacks are left out."""
+    x = sorted(x for x, seeds in points.items() if len(seeds) == n_seeds)
+    seeds = 100 * np.array([points[at] for at in x]).reshape(-1, n_seeds)
     ax.plot(x, seeds.mean(1), **style)
-    ax.fill_between(x, seeds.min(1), seeds.max(1), color=style["color"], alpha=0.15, linewidth=0)
-    if seeds.shape[1] > 1:
+    if n_seeds > 1 and x:
+        ax.fill_between(x, seeds.min(1), seeds.max(1), color=style["color"], alpha=0.15, linewidth=0)
         ax.plot(x, seeds, color=style["color"], linewidth=0.7)
 
 
@@ -741,11 +762,10 @@ def plot(paths):
     for (test, tuning), ((task, place), lines) in zip(axes, panels.items()):
         for line, group in lines.items():
             style = {"color": f"C{labels.index(line)}", "marker": "o", "markersize": 3, "label": line}
-            lengths = sorted({row["length"] for result in group for row in result["rows"] if "exact" in row})
-            curve(test, lengths, [correct_of(group, length).mean(1) for length in lengths], style)
-            steps = sorted(set.intersection(*({point["step"] for point in result["validation"]} for result in group)))
-            exact = [{point["step"]: point["exact"] for point in result["validation"]} for result in group]
-            curve(tuning, steps, [[seed[step] for seed in exact] for step in steps], style)
+            measured = {row["length"]: correct_of(group, row["length"]) for result in group for row in result["rows"]}
+            curve(test, {length: [c.mean() for c in seeds.values()] for length, seeds in measured.items()}, len(group), style)
+            exact = [(point["step"], point["exact"]) for result in group for point in result["validation"]]
+            curve(tuning, {step: [e for s, e in exact if s == step] for step, _ in exact}, len(group), style)
         every = [result for group in lines.values() for result in group]
         chance = {int(length): 100 * facts["chance"] for result in every for length, facts in result["tests"].items()}
         test.plot(*zip(*sorted(chance.items())), color="gray", linewidth=1, label="chance")
@@ -774,10 +794,14 @@ def main(argv=None):
     config = settings.load([arg for arg in argv if arg not in paths])
     if config.plot:
         return plot(paths)
+    if paths:
+        raise SystemExit(f"error: {paths[0]} is for --plot to read: write that before it, or leave the file out")
+    if "WORLD_SIZE" in os.environ:
+        raise SystemExit("error: fine-tuning runs in one process: start it with python, not torchrun")
     lengths_of(config)
     machine, names = train.Machine(config), TASKS if config.task == "all" else [config.task]
     try:
-        with ProcessPoolExecutor(min(config.workers or prepare.cores(), 4), initializer=prepare.start_worker,
+        with ProcessPoolExecutor(config.workers or prepare.cores(), initializer=prepare.start_worker,
                                  initargs=("bytes", 0.0)) as pool:  # each example names its tokenizer
             runs = []
             for task, marker in itertools.product(names, config.marker.split(",")):  # all are checked before the first begins
@@ -785,12 +809,15 @@ def main(argv=None):
                 own.task, own.marker = task, marker
                 own.label = f"{config.label} {marker}" if config.label and marker != config.marker else config.label
                 runs.append(Run(own, pool, machine))
-            for run in runs:
-                run.go()
+            while runs:
+                runs.pop(0).go()
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command goes on") from None
     except BrokenExecutor:
         raise SystemExit("error: a worker was killed, for want of memory perhaps; the same command goes on") from None
+    except torch.OutOfMemoryError:
+        raise SystemExit(f"error: {machine.name()} has too little memory: try a shorter --train_length, or fewer examples a step by "
+                         "--task_batch_size") from None
     except OSError as e:
         raise SystemExit(f"error: {e.filename or config.out_dir}: {e.strerror}") from None
 

@@ -1123,9 +1123,21 @@ def test_rows_change_what_they_name_and_nothing_stays_behind():
     for block in model.transformer.h:
         block.meta_attn.c_proj.weight.data.zero_()
     torch.testing.assert_close(model(idx)[0], without)
-    rows = {(changes, mark): eval_synthetic.possible_rows(build(**dict(changes)), mark) for changes, mark in [
-        ((), META), ((), 61), ((), None), ((("pos", "absolute"),), META), ((("meta_attention", False),), META)]}
-    assert list(map(len, rows.values())) == [6, 2, 1, 5, 4]
+    for changes, mark, possible in [
+            ({}, META, "full no_pos no_pos_meta no_embed no_meta_attention no_meta"), ({}, 61, "full no_meta"), ({}, None, "full"),
+            ({"pos": "absolute"}, META, "full no_pos no_embed no_meta_attention no_meta"),
+            ({"meta_attention": False}, META, "full no_pos no_embed no_meta")]:
+        assert eval_synthetic.possible_rows(build(**changes), mark) == possible.split()
+
+
+def test_the_bound_on_meta_tokens_holds_and_takes_few_values():
+    model, bounds = small_model(), set()
+    for n in range(200):
+        x = torch.zeros(2, 200, dtype=torch.long)
+        x[1, :n] = model.config.meta_id
+        bounds.add(bound := eval_synthetic.count_meta(model, x))
+        assert n <= bound <= 200
+    assert bounds == {0, 16, 32, 64, 128, 200}
 
 
 def test_a_fresh_token_starts_at_the_mean_of_the_text():
@@ -1142,16 +1154,31 @@ def test_a_fresh_token_starts_at_the_mean_of_the_text():
 def test_intervals_are_the_known_ones():
     assert eval_synthetic.wilson(10, 20) == pytest.approx((0.2993, 0.7007), abs=1e-3)  # Wilson's formula, as tabled
     assert eval_synthetic.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
-    a, b = np.array([[0, 0, 1, 1, 0.0]]), np.array([[1, 0, 1, 1, 1.0], [1, 0, 1, 1, 0.0]])
-    mean, low, high = eval_synthetic.paired_difference(a, b)
+
+
+def test_a_difference_is_of_the_seeds_that_both_have():
+    a, b = {1: np.array([0, 0, 1, 1, 0.0])}, {7: np.array([1, 0, 1, 1, 1.0]), 1: np.array([1, 0, 1, 1, 0.0])}
+    mean, low, high = eval_synthetic.paired_difference(a, b)  # over examples: of one seed nothing else can be said
+    assert mean == pytest.approx(0.2) and (high - low) / 2 == pytest.approx(1.96 * np.std([1, 0, 0, 0, 0], ddof=1) / 5**0.5)
+    mean, low, high = eval_synthetic.paired_difference({2: a[1]}, b)  # none in common: the means are compared
     assert mean == pytest.approx(0.3) and (high - low) / 2 == pytest.approx(1.96 * np.std([1, 0, 0, 0, 0.5], ddof=1) / 5**0.5)
-    mean, low, high = eval_synthetic.paired_difference(np.array([[0.0, 1], [0, 0], [1, 0]]), np.array([[1.0, 1], [0, 0], [1, 1]]))
-    assert mean == pytest.approx(1 / 3) and (high - low) / 2 == pytest.approx(4.30 * np.std([0.5, 0, 0.5], ddof=1) / 3**0.5)
+
+
+def test_a_difference_is_as_uncertain_as_seeds_or_examples_make_it():
+    zeros = {seed: np.zeros(100) for seed in (1, 2, 3)}
+    by_seed = {seed: np.full(100, share) for seed, share in ((1, 0.2), (2, 0.3), (3, 0.1))}  # each example alike
+    mean, low, high = eval_synthetic.paired_difference(zeros, by_seed)
+    assert mean == pytest.approx(0.2) and (high - low) / 2 == pytest.approx(4.30 * 0.1 / 3**0.5)
+    by_example = {seed: np.arange(100) % 2.0 for seed in (1, 2, 3)}  # each seed alike
+    mean, low, high = eval_synthetic.paired_difference(zeros, by_example)
+    assert mean == pytest.approx(0.5) and (high - low) / 2 == pytest.approx(1.96 * np.std(by_example[1], ddof=1) / 10)
+    assert eval_synthetic.paired_difference({1: np.zeros(1)}, {1: np.ones(1)}) == (1, -1, 1)  # of one example, nothing
 
 
 def test_results_are_grouped_by_task_and_placement():
     def result(label, placement, seed, task="copying"):
-        return {"tests": {}, "task": task, "placement": placement, "label": label, "train_length": 64, "seeds": seed}
+        return {"tests": {}, "task": task, "placement": placement, "label": label, "seeds": seed,
+                "run": {"seed": seed, "pretrained": f"of {seed}", "stream": {"seed": seed}, "train_length": 64}}
 
     unmarked, same = result("A", "none", 1), result("B", "none", 1)
     first, second, everywhere = result("B", "task", 1), result("B", "task", 2), result("B", "all", 1)
@@ -1159,6 +1186,10 @@ def test_results_are_grouped_by_task_and_placement():
     assert list(panels) == [("parity", "none"), ("copying", "task"), ("copying", "all")]
     assert panels["copying", "task"] == {"A": [unmarked], "B, no marks": [same], "B": [first, second]}
     assert panels["copying", "all"] == {"A": [unmarked], "B, no marks": [same], "B": [everywhere]}
+    assert refusal(eval_synthetic.merge, {"1": first, "2": result("B", "task", 1)}) == \
+        "error: 2: 'B' has another result of the same seeds: name one of the two"
+    second["run"]["stream"]["mark"] = 35
+    assert "2: 'B' has results of different settings" in refusal(eval_synthetic.merge, {"1": first, "2": second})
 
 
 def test_a_task_is_learned_at_the_first_validation_with_half_right():
@@ -1260,7 +1291,35 @@ def test_bad_results_are_refused_in_one_line(tuned):
     open("easier.json", "w").write(good.replace(digest, "0" * 64))
     assert "were measured on different test examples of copying at 192" in refused(tuned[0], "easier.json")
     open("longer.json", "w").write(good.replace('"train_length": 192', '"train_length": 256'))
-    assert "has results of different training lengths" in refused(tuned[0], "longer.json")
+    assert "has results of different settings" in refused(tuned[0], "longer.json")
+    open("twice.json", "w").write(good)
+    assert "has another result of the same seeds" in refused(tuned[0], "twice.json")
+    assert f"{tuned[0]} is for --plot to read" in refusal(eval_synthetic.main, [tuned[0]])
+
+
+def test_what_only_some_seeds_measured_is_left_out_of_the_figure(tuned, capsys):
+    path = "results/plain_without_marks_list_recall_none_none_192_s5_2.json"
+    for change in (lambda rows: rows[0].update(row="no_meta"), lambda rows: rows[1].update(length=300), list.clear):
+        there = eval_synthetic.read_result(path)
+        change(there["rows"])
+        json.dump(there, open(path, "w"))
+        eval_synthetic.main(["--plot", *tuned])
+        assert "written to results/synthetic.png" in capsys.readouterr().out
+
+
+def test_a_stop_request_saves_no_weights_that_are_not_finite(tmp_path, monkeypatch):
+    class StopAfterFourSteps(train.StopRequest):
+        asked = property(lambda self: next(self.steps) >= 4, lambda self, value: setattr(self, "steps", iter(range(100))))
+
+    monkeypatch.chdir(tmp_path)
+    save_model("meta.pt")
+    monkeypatch.setattr(train, "StopRequest", StopAfterFourSteps)
+    arguments = ["--init_from=meta.pt", *TUNE, "--val_interval=100", "--task_warmup=0"]
+    assert "the gradient's norm nan" in refusal(eval_synthetic.main, [*arguments, "--task_lr=1e38"])
+    assert glob.glob("out/*.pt") == []
+    with pytest.raises(SystemExit, match="stopped at step 4; the same command goes on from there, without --overwrite$"):
+        eval_synthetic.main([*arguments, "--task_lr=1e-3", "--overwrite"])
+    assert len(glob.glob("out/*.pt")) == 1
 
 
 @pytest.mark.parametrize("args, expected", [
