@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The study of README's "Results": pre-trains four models a seed, tunes each with every mark, measures, draws the figure.
 #
-#     results/study.sh                                      # hours of two cores; SEEDS="1 2" and JOBS=4 change how many
+#     results/study.sh                                      # a day of two cores; SEEDS="1 2" and JOBS=4 change how many at a time
 #     results/study.sh config/study_gpu.py --source=FOLDER  # larger models, on a GPU; settings behind the config go to every command
 #
+# WORKERS=4 has four processes draw examples for each job, which a GPU with GPT-2's BPE needs.
 # What is there already is not done again, and what was interrupted goes on where it was.
 set -e
 export CONFIG=${1:-config/study.py} SETTINGS=${*:2} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -11,18 +12,19 @@ name=$(basename "$CONFIG" .py)
 export OUT=out/$name
 mkdir -p "$OUT"
 layers=$(sed -n 's/^n_layer = //p' "$CONFIG")
+length=$(sed -n 's/^train_length = \([0-9]*\).*/\1/p' "$CONFIG")
 plain="--dataset=${name}_plain --meta_rate=0 --meta_attention=False"
 
 pretrain() {  # model seed settings...: the model $OUT/<model>_s<seed>
     local out=$OUT/$1_s$2 resume=
     [ -f "$out.done" ] && return
     [ -f "$out/ckpt.pt" ] && resume=--init_from=resume
-    python train.py "$CONFIG" --out_dir="$out" --seed="$2" "${@:3}" $SETTINGS $resume >> "$out.log" 2>&1 && touch "$out.done"
+    python train.py "$CONFIG" --out_dir="$out" --seed="$2" $SETTINGS "${@:3}" $resume >> "$out.log" 2>&1 && touch "$out.done"
 }
 
 tune() {  # model seed task placement marker label settings...: results/<label>_<task>_<placement>_....json
     python eval_synthetic.py "$CONFIG" --init_from="$OUT/$1_s$2" --out_dir="$OUT" --seed="$2" --task="$3" --placement="$4" \
-        --marker="$5" --label="$6" --workers=1 "${@:7}" $SETTINGS >> "$OUT/${6%% *}_$3_$4_$5_s$2.log" 2>&1
+        --marker="$5" --label="$6" --workers="${WORKERS:-1}" "${@:7}" $SETTINGS >> "$OUT/${6%% *}_$3_$4_$5_s$2.log" 2>&1
 }
 export -f pretrain tune
 
@@ -52,20 +54,34 @@ lines() {  # task placement settings...: the commands that tune and measure, one
     done
 }
 
+rates() {  # task placement settings...: the same at other learning rates, of the first seed: how much hangs on the rate
+    local seeds=${SEEDS:-1}
+    for rate in 1e-3 4e-3; do
+        SEEDS=${seeds%% *} lines "$@" | sed "s/'\(.*\)'/'rate $rate, \1'/; s/\$/ --task_lr=$rate/"
+    done
+}
+
 python prepare.py "$CONFIG" --seed=1 $SETTINGS
 python prepare.py "$CONFIG" --seed=1 $plain $SETTINGS
 models | together
 
-copying=
+copying= everywhere=
 if [ "$name" = study ]; then  # the shortest prompts of Copying are of 139 bytes: one phase
     copying="--phase_steps=1200 --val_interval=100 --eval_lengths=192,256,384,512"
+    everywhere="--phase_steps=3600"  # three times as many where the mark does not say which text is asked for
 fi
 {
     lines copying task $copying
+    lines copying all $copying $everywhere
+    for seed in ${SEEDS:-1 2 3}; do
+        [ -n "$everywhere" ] && echo "tune gpt2 $seed copying none none 'A GPT-2, 3,600 steps' $copying $everywhere"
+    done
     lines list_recall task
-    lines copying all $copying
     lines list_recall all
+    [ "$name" = study ] && rates copying task $copying
 } | together
-python eval_synthetic.py --plot results/?_*.json
-mkdir -p "results/$name"
-cp results/?_*.json results/synthetic.png "results/$name/"
+python eval_synthetic.py --plot results/?_*_"${length}"_s*.json
+mkdir -p "results/$name/rates"
+cp results/?_*_"${length}"_s*.json results/synthetic.png "results/$name/"
+[ "$name" = study ] && cp results/rate_*.json "results/$name/rates/"
+tail -n 1 "$OUT"/*_s?/log.jsonl > "results/$name/pretraining.txt"
