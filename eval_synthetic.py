@@ -143,7 +143,8 @@ def make_example(task, shortest, longest, placement, mark, rng, encoding):
     mark is the id of the mark, or None for none. placement: 'task' marks what is asked for, as in the paper; 'all' marks
     every list, bit string or span alike; 'random' puts as many marks as 'task' anywhere; 'none' none. Neither changes the
     text: its length counts the marks of 'all', the most. What grows with the length is the number of units and, behind the
-    last of the 138 names (2,000 tokens of GPT-2's BPE), a line of filler; which unit is asked for, and what it holds, does not depend on it. E.g. with '#' for a mark:
+    last of the 138 names (at 2,000 tokens of GPT-2's BPE), a line of filler; which unit is asked for, and what it holds, does
+    not depend on it. E.g. with '#' for a mark:
 
         List fox: pad, rod, car, run.
         List pet: vet, bug.
