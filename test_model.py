@@ -861,6 +861,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_checkpoint_is_overwritten(pr
     assert load_checkpoint("out")["step"] == 0
 
 
+def test_too_little_memory_is_said_in_one_line(prepared, monkeypatch):
+    def forward(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    assert "too little memory for batch_size=4: halve it and double" in refusal(train.main, [*SMALL, "--batch_size=4"])
+    save_model("meta.pt")
+    assert "cpu has too little memory: try" in refusal(eval_synthetic.main, ["--init_from=meta.pt", *TUNE])
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(prepared):
     train.train(settings.load([*SMALL, "--max_iters=2"]))
     before = open("out/ckpt.pt", "rb").read()

@@ -630,6 +630,9 @@ def main(argv=None):
         train(config)
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None
+    except torch.OutOfMemoryError:
+        raise config.error(f"too little memory for batch_size={config.batch_size}: halve it and double --gradient_accumulation_steps, "
+                           "which takes the same steps") from None
     except OSError as e:
         raise SystemExit(f"error: {e.filename or config.out_dir}: {e.strerror}") from None
     finally:
