@@ -108,7 +108,7 @@ def synchronize(machine):
 
 
 def print_row(row):
-    memory = f"{row['peak_bytes'] / 2**20:,.0f} MB" if row["peak_bytes"] else ""
+    memory = f"{row['peak_bytes'] / 1e6:,.0f} MB" if row["peak_bytes"] else ""
     mfu = f"{100 * row['mfu']:.1f}%" if row["mfu"] else ""
     print(f"{row['group']:<12} {row['variant']:<44} {row['tokens_per_s']:>12,.0f} {row['speedup']:>7.2f}x {row['time_ratio']:>7.3f}x "
           f"{100 * row['spread']:>5.0f}% {memory:>10} {mfu:>6}", flush=True)
@@ -234,7 +234,7 @@ def memory(config, shape, machine):
     fixed = rows[0]["peak_bytes"] - 2 * shape.block_size * per_token
     device = torch.cuda.get_device_properties(machine.device).total_memory
     largest = int((device - fixed) / per_token / shape.block_size)
-    print(f"{'memory':<12} {per_token / 1024:,.0f} KB a token and {fixed / 2**20:,.0f} MB: a micro-batch of {largest} "
+    print(f"{'memory':<12} {per_token / 1e3:,.0f} kB a token and {fixed / 1e6:,.0f} MB: a micro-batch of {largest} "
           f"in {device / 2**30:.0f} GiB")
     return rows + [{"group": "memory", "variant": "Meta+RoPE", "bytes_per_token": per_token, "fixed_bytes": fixed,
                     "device_bytes": device, "largest_micro_batch": largest}]
