@@ -160,21 +160,23 @@ def make_example(task, shortest, longest, placement, mark, rng, encoding):
     others, offered = [], set(offers)
     for name in names:
         other, _, _, offers = TASKS[task](name, word, rng)
-        if size(other, encoding) > room:
+        needed = size(other, encoding)
+        if needed > room:
             break
-        room -= size(other, encoding)
+        room -= needed
         others.append(other)
         offered.update(offers)
     others.insert(rng.integers(len(others) + 1), filler(room, rng, encoding))
-    at = rng.integers(len(others) + 1)
+    texts = [(other, False) for other in others]
+    texts.insert(rng.integers(len(others) + 1), (unit, True))
+    texts.append((question, True))
 
-    texts = [*others[:at], unit, *others[at:], question]
     tokens, own, places = [], [], []  # places: where a mark may stand; own: those of what is asked for
-    for text in texts:
+    for text, is_asked_for in texts:
         for i, piece in enumerate(text.split(MARK)):
             if i > 0:
                 places.append(len(tokens))
-            if i > 0 and text in (unit, question):
+            if i > 0 and is_asked_for:
                 own.append(len(tokens))
             tokens += encode(piece, encoding)
     anywhere = np.sort(rng.permutation(len(tokens))[:len(own)] + 1)
@@ -182,7 +184,8 @@ def make_example(task, shortest, longest, placement, mark, rng, encoding):
     if mark is not None:
         tokens = np.insert(tokens, {"task": own, "all": places, "random": anywhere, "none": []}[placement], mark)
     answer_tokens = encode(answer, encoding)
-    return Example(np.append(tokens, answer_tokens), len(answer_tokens), "".join(texts).replace(MARK, ""), answer, 1 / len(offered))
+    prompt = "".join(text for text, _ in texts).replace(MARK, "")
+    return Example(np.append(tokens, answer_tokens), len(answer_tokens), prompt, answer, 1 / len(offered))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -422,11 +425,11 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
         progress = max(step / steps, clock() / minutes if minutes else 0)
         return run.phases[min(int(progress * len(run.phases)), len(run.phases) - 1)]
 
-    def save_state():
+    def save_state(finished):
         train.save(run.checkpoint, {
             "model": model.state_dict(), "model_config": asdict(model.config), "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(), "settings": asdict(config), "step": step, "minutes": clock(), "history": history,
-            "loss_sum": loss_sum.item(), "summed": summed, "run": run.identity, "lr": run.lr, "finished": bool(done)})
+            "loss_sum": loss_sum.item(), "summed": summed, "run": run.identity, "lr": run.lr, "finished": finished})
 
     def check_finite(loss):
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):  # the scaler skips such steps
@@ -444,7 +447,7 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
     batches = prepare.ordered_map(run.pool, draw_batch, map(job, itertools.count(step)), ahead=32)  # drawn by other processes meanwhile
     model.train()
     while True:
-        done = step >= steps or (minutes and clock() >= minutes)
+        done = step >= steps or 0 < minutes <= clock()
         if (done or (save and step > 0 and step % config.val_interval == 0)) and not (history and history[-1]["step"] == step):
             correct, token_accuracy, loss = measure(model, run.validation, config.train_length, machine)
             if save:  # a trial may fail
@@ -456,11 +459,11 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
             print(f"step {step}: validation at {config.train_length}: exact {100 * correct.mean():.1f}%, "
                   f"tokens {100 * token_accuracy:.1f}%, loss {loss:.3f}", flush=True)
             if save:
-                save_state()
+                save_state(finished=done)
         if stop_request.asked and not done:
             if save:
                 check_finite(loss_sum.item())
-                save_state()
+                save_state(finished=False)
             raise SystemExit(f"stopped at step {step}; the same command goes on from " + ("there" if save else "the beginning")
                              + ", without --overwrite" * config.overwrite)
         if done:
@@ -657,14 +660,12 @@ def merge(results):
         group.append(result)
         group.sort(key=lambda result: str(result["seeds"]))
     panels = {}
-    for task in TASKS:
-        at = {place: {label: group for (t, p, label), group in lines.items() if (t, p) == (task, place)} for place in PLACES}
-        unmarked = at.pop("none")
-        for place, marked in at.items():
-            if marked:
-                panels[task, place] = {label + ", no marks" * (label in marked): group for label, group in unmarked.items()} | marked
-        if unmarked and not any(at.values()):
-            panels[task, "none"] = unmarked
+    for task, place in itertools.product(TASKS, PLACES):
+        unmarked, there = ({label: group for (t, p, label), group in lines.items() if (t, p) == (task, at)} for at in ("none", place))
+        if there and place != "none":
+            panels[task, place] = {label + ", no marks" * (label in there): group for label, group in unmarked.items()} | there
+        elif there and not any(t == task for t, _ in panels):  # PLACES ends with "none"
+            panels[task, "none"] = there
     return panels
 
 
