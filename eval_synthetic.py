@@ -770,7 +770,7 @@ def plot(paths):
             curve(tuning, {step: [e for s, e in exact if s == step] for step, _ in exact}, len(group), style)
         every = [result for group in lines.values() for result in group]
         chance = {int(length): 100 * facts["chance"] for result in every for length, facts in result["tests"].items()}
-        test.plot(*zip(*sorted(chance.items())), color="gray", linewidth=1, label="chance")
+        test.plot(*zip(*sorted(chance.items())), color="black", linestyle="--", linewidth=1, label="chance")
         for i, length in enumerate(sorted({result["train_length"] for result in every})):
             test.axvline(length, color="gray", linestyle=":", label="training length" if i == 0 else None)
         test.set_xscale("log", base=2)
