@@ -669,16 +669,16 @@ def merge(results):
     return panels
 
 
+def rows_of(group, length, row="full", by="teacher forcing"):
+    """{seeds: the row} of a line's results that measured it."""
+    return {str(result["seeds"]): r for result in group for r in result["rows"]
+            if (r["row"], r["length"], r.get("by")) == (row, length, by)}
+
+
 def correct_of(group, length, row="full", by="teacher forcing"):
     """Exact match of a line's results, {seeds: float (n,)}, where they measured it."""
-    return {str(result["seeds"]): np.unpackbits(np.frombuffer(bytes.fromhex(r["correct"]), np.uint8), count=r["n"]).astype(float)
-            for result in group for r in result["rows"] if (r["row"], r["length"], r.get("by")) == (row, length, by)}
-
-
-def tokens_of(group, length):
-    """Token accuracy of each of a line's results that measured it (the paper's metric)."""
-    return [r["token_accuracy"] for result in group for r in result["rows"]
-            if (r["row"], r["length"], r.get("by")) == ("full", length, "teacher forcing")]
+    return {seeds: np.unpackbits(np.frombuffer(bytes.fromhex(r["correct"]), np.uint8), count=r["n"]).astype(float)
+            for seeds, r in rows_of(group, length, row, by).items()}
 
 
 def paired_difference(a, b):
@@ -726,7 +726,8 @@ def tables(panels):
                 cells = (cell(correct_of(group, length, row, by)) for length in lengths)
                 what = row + {"no_meta": " (out of distribution)"}.get(row, "") + {"generation": ", generated"}.get(by, "")
                 yield f"{first} {what} | {tuned} | " + " | ".join(cells) + f" | {learned_at(group) if what == 'full' else ''} |"
-            cells = (f"{100 * np.mean(shares):.1f}" if (shares := tokens_of(group, length)) else "-" for length in lengths)
+            shares = ([r["token_accuracy"] for r in rows_of(group, length).values()] for length in lengths)  # the paper's metric
+            cells = (f"{100 * np.mean(seeds):.1f}" if seeds else "-" for seeds in shares)
             yield f"{first} full, token accuracy | {tuned} | " + " | ".join(cells) + " | |"
         if len(lines) > 1:
             yield ("\nPaired differences on the same examples, in points (95% interval: the wider of that over examples and that over the "

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The study of README's "Results": pre-trains four models a seed, tunes each with every mark, measures, draws the figure.
 #
-#     results/study.sh                                      # a day of two cores; SEEDS="1 2" and JOBS=4 change how many at a time
+#     results/study.sh                                      # a day of two cores; SEEDS="1 2": these alone; JOBS=4: so many at a time
 #     results/study.sh config/study_gpu.py --source=FOLDER  # larger models, on a GPU; settings behind the config go to every command
 #
 # WORKERS=4 has four processes draw examples for each job, which a GPU with GPT-2's BPE needs.
