@@ -24,7 +24,7 @@ pretrain() {  # model seed settings...: the model $OUT/<model>_s<seed>
 
 tune() {  # model seed task placement marker label settings...: results/<label>_<task>_<placement>_....json
     python eval_synthetic.py "$CONFIG" --init_from="$OUT/$1_s$2" --out_dir="$OUT" --seed="$2" --task="$3" --placement="$4" \
-        --marker="$5" --label="$6" --workers="${WORKERS:-1}" "${@:7}" $SETTINGS >> "$OUT/${6%% *}_$3_$4_$5_s$2.log" 2>&1
+        --marker="$5" --label="$6" --workers="${WORKERS:-1}" "${@:7}" $SETTINGS >> "$OUT/${6//[^[:alnum:].-]/_}_$3_$4_$5_s$2.log" 2>&1
 }
 export -f pretrain tune
 
@@ -73,12 +73,15 @@ fi
 {
     lines copying task $copying
     lines copying all $copying $everywhere
-    for seed in ${SEEDS:-1 2 3}; do
-        [ -n "$everywhere" ] && echo "tune gpt2 $seed copying none none 'A GPT-2, 3,600 steps' $copying $everywhere"
-    done
     lines list_recall task
     lines list_recall all
-    [ "$name" = study ] && rates copying task $copying
+    if [ "$name" = study ]; then
+        for seed in ${SEEDS:-1 2 3}; do
+            echo "tune gpt2 $seed copying none none 'A GPT-2, 3,600 steps' $copying $everywhere"
+            echo "tune meta $seed copying all meta 'D meta at 4e-3' $copying $everywhere --task_lr=4e-3"
+        done
+        rates copying task $copying
+    fi
 } | together
 python eval_synthetic.py --plot results/?_*_"${length}"_s*.json
 mkdir -p "results/$name/rates"
