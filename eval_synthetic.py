@@ -432,7 +432,7 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
             "loss_sum": loss_sum.item(), "summed": summed, "run": run.identity, "lr": run.lr, "finished": finished})
 
     def check_finite(loss):
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):  # the scaler skips such steps
+        if train.diverged(loss, norm, scaler):
             raise SystemExit(f"error: the loss is {loss}, the gradient's norm {float(norm)} at step {step}: the last good state is kept; "
                              "try a lower --task_lr")
 

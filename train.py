@@ -417,6 +417,11 @@ def learning_rate(config, step, minutes):
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * min(progress, 1))) * (config.learning_rate - config.min_lr)
 
 
+def diverged(loss, norm, scaler):
+    """Whether the loss, or the gradient's norm, is no longer finite. A step of such a gradient a GradScaler in use skips."""
+    return not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled())
+
+
 class StopRequest:
     """Whether SIGINT or SIGTERM has asked to stop, until restore(). The second signal is final."""
 
@@ -537,8 +542,7 @@ def train(config):
                 "scaler": scaler.state_dict(), "settings": asdict(config), "step": step, "best_val_loss": best, "minutes": minutes})
 
     def check_finite(loss):
-        broken = not math.isfinite(norm) and not scaler.is_enabled()  # the scaler skips such steps
-        if not math.isfinite(loss) or broken:
+        if diverged(loss, norm, scaler):
             last = os.path.join(config.out_dir, "ckpt.pt")
             good = f"the last good checkpoint is {last}" if os.path.exists(last) else "no checkpoint was saved before"
             raise SystemExit(f"error: the loss is {loss}, the gradient's norm {norm} at step {step}, learning rate {lr:.2e}: {good}; "
