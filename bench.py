@@ -34,7 +34,7 @@ ROUNDS = 7
 class DenseMetaAttention(MetaAttention):
     """Meta-attention as the formula is written: all rows, and a T x T mask. What the compact form is measured against."""
 
-    def forward(self, x, norm, meta, cache=None):
+    def forward(self, x, norm, meta, slots=None):
         B, T, C = x.shape
         if not hasattr(meta, "mask"):  # once a forward pass, for all layers
             meta.is_meta = torch.zeros(B, T, dtype=torch.bool, device=x.device).scatter_(1, meta.index[..., 0], ~meta.padding[..., 0])
@@ -273,26 +273,27 @@ def reading(config, shape, machine):
 
 
 def generation(config, shape, machine):
-    """Text tokens from a prompt of one, with the cache and without: 500, on a GPU 1,000. Then 500: per text token, per position fed,
-    several at a time; and the first alone."""
+    """Text tokens from a prompt of one, with the cache and without: 500, on a GPU 1,000. Then 500, compiled where training is: per
+    text token, per position fed, several at a time; and the first alone."""
     torch.manual_seed(0)
     model = GPT(shape).to(machine.device, machine.dtype).eval()
 
-    def draw(per_position=False, batch=1, prompt=1, new=500, **options):
+    def draw(per_position=False, batch=1, prompt=1, new=500, compiled=machine.compile, **options):
         start = torch.zeros(batch, prompt, dtype=torch.long, device=machine.device)
 
         def work():
-            tokens = model.generate(start, new, seed=0, **options)
+            tokens = model.generate(start, new, seed=0, compiled=compiled, **options)
             return batch * (tokens.size(1) - prompt if per_position else new), None
         return work
 
     new = 1000 if config.gpu else 500
-    rows = compare("generation", {"no cache": draw(new=new, use_cache=False), "KV cache": draw(new=new)}, machine, rounds=2)
+    rows = compare("generation", {"no cache": draw(new=new, use_cache=False, compiled=False), "KV cache": draw(new=new, compiled=False),
+                                  "KV cache, compiled": draw(new=new, compiled=True)}, machine, rounds=2)
     rows += compare("generation", {"KV cache, text only": draw(), "with meta-tokens, per text token": draw(meta_rate=0.1),
                                    "with meta-tokens, per position fed": draw(per_position=True, meta_rate=0.1)}, machine,
                     rounds=3 if config.gpu else ROUNDS)
     rows += compare("generation", {f"batch {n}": draw(batch=n) for n in (1, 8, 64)}, machine, rounds=2) if config.gpu else []
-    return rows + compare("first token", {f"of a prompt of {n}": draw(prompt=n, new=1) for n in (1, 512)}, machine)
+    return rows + compare("first token", {f"of a prompt of {n}": draw(prompt=n, new=1, compiled=False) for n in (1, 512)}, machine)
 
 
 def count_tokens(text):

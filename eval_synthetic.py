@@ -301,9 +301,9 @@ def ablated(model, row):
     before, hooks = model.config, []
 
     def unturned(module, args):
-        x, norm, meta, cache = args
+        x, norm, meta, slots = args
         cos, sin = meta.rope
-        return x, norm, replace(meta, rope=(torch.full_like(cos, model.attention_scale), torch.zeros_like(sin))), cache
+        return x, norm, replace(meta, rope=(torch.full_like(cos, model.attention_scale), torch.zeros_like(sin))), slots
 
     model.config = replace(before, **changes.get(row, {}))
     if row == "no_pos_meta":  # angle 0 in meta-attention alone: there, between meta-tokens, exactly no position

@@ -113,14 +113,14 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x, rope=None, cache=None):
+    def forward(self, x, rope=None, slots=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # 3 x (B, nh, T, hs)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         mask = None
-        if cache is not None:
-            k, v, mask = cache.append(k, v)
+        if slots is not None:
+            k, v, mask = slots.fill(k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -142,11 +142,11 @@ class MetaAttention(CausalSelfAttention):
     exactly nothing. Padding stands behind every real row, so that causality hides it.
     """
 
-    def forward(self, x, norm, meta, cache=None):
+    def forward(self, x, norm, meta, slots=None):
         """x + meta_attn(norm(x)), for x (B, T, C)."""
         index = meta.index.expand(-1, -1, x.size(-1))
         rows = norm(x.gather(1, index))                                  # (B, M, C)
-        rows = super().forward(rows, meta.rope, cache)
+        rows = super().forward(rows, meta.rope, slots)
         return x.scatter_add(1, index, rows.masked_fill(meta.padding, 0).type_as(x))
 
 
@@ -173,11 +173,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope=None, meta=None, cache=None):
+    def forward(self, x, rope=None, meta=None, slots=None, meta_slots=None):
         """x (B, T, C) -> (B, T, C). meta is None where there is no meta-token, or no meta-attention."""
-        x = x + self.attn(self.ln_1(x), rope, cache and cache.text)
+        x = x + self.attn(self.ln_1(x), rope, slots)
         if meta is not None:
-            x = self.meta_attn(x, self.ln_meta, meta, cache and cache.meta)
+            x = self.meta_attn(x, self.ln_meta, meta, meta_slots)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -222,37 +222,52 @@ class LinearCrossEntropy(torch.autograd.Function):
 # ----------------------------------------------------------------------------------------------------------------------
 # Key-value caches, for generation
 
+@dataclass
+class Slots:
+    """Where n tokens go in one block's cache, and what they see there."""
+    keys: torch.Tensor         # (B, nh, size, hs)
+    values: torch.Tensor
+    index: torch.Tensor        # (n,), int64
+    mask: torch.Tensor | None  # (B, 1, n, size), bool; None for a prompt, which sees itself alone, causally
+
+    def fill(self, k, v):
+        """Puts k and v, (B, nh, n, hs), there. Returns the keys and values to attend to, and the mask."""
+        self.keys.index_copy_(2, self.index, k)
+        self.values.index_copy_(2, self.index, v)
+        return (k, v, None) if self.mask is None else (self.keys, self.values, self.mask)
+
+
 class KVCache:
-    """The keys and values of one attention, allocated once for `size` tokens: (B, nh, size, hs)."""
+    """One attention's keys and values in every block, of B sequences of up to `size` tokens.
 
-    def __init__(self, size):
-        self.size, self.length = size, 0
-        self.k = self.v = None
-        self.padding = None  # (B, size), bool: slots that hold no token; None: every slot holds one
+    All memory is there from the start, and the device counts what is taken: each step of n tokens has the same shapes and
+    addresses, as a CUDA graph needs. is_static tells torch.compile so.
+    """
 
-    def append(self, k, v):
-        """Adds (B, nh, n, hs) behind the rest. Returns all keys, all values, and the mask of the new queries:
-        None where is_causal says the same (nothing came before) or there is nothing to hide."""
-        if self.k is None:
-            B, nh, _, hs = k.shape
-            self.k, self.v = k.new_empty(B, nh, self.size, hs), v.new_empty(B, nh, self.size, hs)
-        past, n = self.length, k.size(2)
-        self.length = past + n
-        self.k[:, :, past:self.length], self.v[:, :, past:self.length] = k, v
+    def __init__(self, n_layer, shape, dtype, device, is_static=False):
+        """shape: (B, nh, size, hs)"""
+        self.kv = [[torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)] for _ in range(n_layer)]
+        self.length = torch.zeros((), dtype=torch.long, device=device)
+        self.padding = torch.zeros(shape[0], shape[2], dtype=torch.bool, device=device)  # slots that hold no token
+        if is_static:
+            for tensor in (self.length, self.padding, *sum(self.kv, [])):
+                torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def clear(self):
+        self.length.zero_()
+        self.padding.zero_()
+
+    def take(self, n, is_prompt, padding=None):
+        """For each block the Slots of the next n tokens; padding (B, n), bool, says where a row has none."""
+        index = self.length + torch.arange(n, device=self.length.device)
+        self.length += n
+        if padding is not None:
+            self.padding.index_copy_(1, index, padding)
         mask = None
-        if past > 0 and n > 1:
-            mask = torch.ones(n, self.length, dtype=torch.bool, device=k.device).tril(past)
-        if past > 0 and self.padding is not None:
-            visible = ~self.padding[:, None, None, :self.length]
-            mask = visible if mask is None else visible & mask
-        return self.k[:, :, :self.length], self.v[:, :, :self.length], mask
-
-
-class BlockCache:
-    """One block's two caches. Meta-attention's grows at meta-tokens only."""
-
-    def __init__(self, size):
-        self.text, self.meta = KVCache(size), KVCache(size)
+        if not is_prompt:
+            mask = torch.arange(self.padding.size(1), device=index.device) <= index[:, None]
+            mask = mask & ~self.padding[:, None, None]
+        return [Slots(k, v, index, mask) for k, v in self.kv]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -305,21 +320,24 @@ class GPT(nn.Module):
         text = 6 * (self.num_params() - meta_params) + 12 * c.n_layer * c.n_embd * T
         return text + c.meta_attention * n_meta / T * (6 * meta_params + 12 * c.n_layer * c.n_embd * n_meta)
 
-    def forward(self, idx, targets=None, n_meta=None, cache=None, at=None):
+    def forward(self, idx, targets=None, n_meta=None, at=None, cache=None, is_prompt=False):
         """idx: (B, T) token ids; targets: (B, T), -1 where there is nothing to predict.
         n_meta: an upper bound on the meta-tokens of a row, as a host integer; without it they are counted, which
-        waits for the device. cache: a list of BlockCache, to which idx is appended.
-        at: (B, A), the positions to predict at, where it is not all of them; A then stands for T in targets and logits.
+        waits for the device. at: (B, A), the positions to predict at, where it is not all of them; A then stands for T in targets
+        and logits. cache: the KVCache of each attention, to which idx is appended; is_prompt: they are empty.
 
         Returns (logits, None), logits (B, T, vocab_size); or, with targets, (None, loss): the mean cross-entropy in
         nats over the positions whose target is neither -1 nor the meta-token (paper, section 3).
         Raises ValueError where learned positions end before the sequence does.
         """
         c, T = self.config, idx.size(1)
-        past = cache[0].text.length if cache else 0
-        if c.pos == "absolute" and past + T > c.block_size:
-            raise ValueError(f"{past + T} tokens, but there are learned positions for block_size={c.block_size}")
-        positions = torch.arange(past, past + T, device=idx.device)
+        if c.pos == "absolute" and c.block_size < T:
+            raise ValueError(f"{T} tokens, but there are learned positions for block_size={c.block_size}")
+        slots = meta_slots = [None] * c.n_layer
+        positions = torch.arange(T, device=idx.device)
+        if cache:
+            slots = cache[0].take(T, is_prompt)
+            positions = slots[0].index
         is_meta = None if c.meta_id is None else idx == c.meta_id                    # (B, T)
 
         x = self.transformer.wte(idx)                                                # (B, T, C)
@@ -331,9 +349,11 @@ class GPT(nn.Module):
         x = F.dropout(x, c.dropout, self.training)
 
         rope = self._rope_tables(positions, is_meta) if c.pos == "rope" else None
-        meta = self._find_meta(is_meta, n_meta, rope, cache) if c.meta_attention else None
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, rope, meta, cache[i] if cache else None)
+        meta = self._find_meta(is_meta, n_meta, rope) if c.meta_attention else None
+        if cache and meta is not None:
+            meta_slots = cache[1].take(meta.index.size(1), is_prompt, meta.padding[..., 0])
+        for block, *own_slots in zip(self.transformer.h, slots, meta_slots):
+            x = block(x, rope, meta, *own_slots)
         x = self.transformer.ln_f(x)
         if at is not None:
             x = x.gather(1, at.unsqueeze(-1).expand(-1, -1, c.n_embd))               # (B, A, C)
@@ -351,7 +371,7 @@ class GPT(nn.Module):
             angles = angles * ~is_meta[:, None, :, None]
         return angles.cos() * self.attention_scale, angles.sin() * self.attention_scale
 
-    def _find_meta(self, is_meta, n_meta, rope, cache):
+    def _find_meta(self, is_meta, n_meta, rope):
         """The positions of the meta-tokens, each row's first; None if there are none."""
         B, T = is_meta.shape
         M = int(is_meta.sum(1).max()) if n_meta is None else min(n_meta, T)
@@ -364,18 +384,7 @@ class GPT(nn.Module):
         padding = torch.arange(M, device=slot.device) >= count[:, -1:]               # (B, M)
         if rope is not None:
             rope = tuple(t.expand(B, 1, -1, -1).gather(2, index[:, None, :, None].expand(-1, 1, -1, t.size(-1))) for t in rope)
-        if cache:
-            self._pad_meta_caches(cache, padding)
         return MetaTokens(index.unsqueeze(-1), padding.unsqueeze(-1), rope)
-
-    def _pad_meta_caches(self, cache, padding):
-        """Lets later queries pass over the slots that rows with fewer meta-tokens are about to leave empty."""
-        first = cache[0].meta
-        if first.padding is None:
-            first.padding = padding.new_zeros(padding.size(0), self.config.block_size)
-        first.padding[:, first.length:first.length + padding.size(1)] = padding
-        for block in cache:
-            block.meta.padding = first.padding
 
     def configure_optimizer(self, learning_rate, weight_decay=0.1, betas=(0.9, 0.95)):
         """AdamW that decays matrices only, in its fused form where the device has one."""
@@ -464,13 +473,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, meta_rate=0.0, seed=None,
-               generator=None, use_cache=True, on_full=None):
+               generator=None, use_cache=True, compiled=False, on_full=None):
         """Yields the tokens that follow the prompt idx (B, T), as (B, 1): max_new_tokens of text, and meta-tokens.
 
         temperature 0 is greedy. A meta-token is never sampled: a schedule, drawn beforehand for the whole batch, has
         round(meta_rate * block_size) of the positions 1..block_size-1 of each block of the sequence, and feeds one there.
         When the window is full, generation goes on from its last half, re-based to position 0 (on_full is then called,
-        once). use_cache=False computes the same from the whole window each time.
+        once). use_cache=False computes the same from the whole window each time; compiled=True by compiled steps, on a GPU by
+        CUDA graphs, which take a while to get ready.
         Raises ValueError for an empty prompt, or a meta_rate for a model without meta-tokens.
         """
         c, device = self.config, idx.device
@@ -481,27 +491,40 @@ class GPT(nn.Module):
         if generator is None and temperature > 0:
             generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
         is_scheduled = self._schedule(meta_rate, generator, seed)
-        window, new, cache, position = idx, idx, None, idx.size(1)  # new: what the cache has not seen
+        cache = self._new_cache(idx, max_new_tokens + round(meta_rate * c.block_size), compiled) if use_cache else None
+        step = torch.compile(self, mode="reduce-overhead", dynamic=False) if compiled else self
+        window, new, position, is_prompt = idx, idx, idx.size(1), True  # new: what the cache has not seen
         for _ in range(max_new_tokens):
             while is_scheduled(position):  # a meta-token is fed along with the text token before it, in one step
                 token = torch.full_like(idx[:, :1], c.meta_id)
                 window, new, position = torch.cat([window, token], 1), torch.cat([new, token], 1), position + 1
                 yield token
             if window.size(1) > c.block_size:
-                window, cache = window[:, -(max(c.block_size // 2, 1)):], None
+                window = new = window[:, -(max(c.block_size // 2, 1)):]
+                is_prompt = True
+                for attention in cache or ():
+                    attention.clear()
                 if on_full:
                     on_full()
                     on_full = None
-            seen, n_meta = window, None
-            if cache is not None:
-                seen, n_meta = new, new.size(1) - 1  # all but the sampled token may be meta-tokens
-            elif use_cache:
-                cache = [BlockCache(c.block_size) for _ in range(c.n_layer)]
+            seen = new if cache else window
             last = torch.full_like(idx[:, :1], seen.size(1) - 1)
-            logits = self(seen, n_meta=n_meta, cache=cache, at=last)[0][:, 0]
+            if cache is None or is_prompt:
+                logits = self(seen, at=last, cache=cache, is_prompt=True)[0][:, 0]
+            else:  # behind the sampled token stand meta-tokens alone; more than one is too rare to be compiled
+                run = step if seen.size(1) <= 2 else self
+                logits = run(seen, n_meta=seen.size(1) - 1, at=last, cache=cache)[0][:, 0]
+            is_prompt = False
             new = self._sample(logits, temperature, top_k, top_p, generator)
             window, position = torch.cat([window, new], 1), position + 1
             yield new
+
+    def _new_cache(self, idx, more, is_static):
+        """An empty KVCache for each attention: for idx (B, T) and so many tokens more, or for the window."""
+        c, of = self.config, idx.device.type
+        dtype = torch.get_autocast_dtype(of) if torch.is_autocast_enabled(of) else self.lm_head.weight.dtype
+        shape = (idx.size(0), c.n_head, min(idx.size(1) + more, c.block_size), c.head_dim)
+        return [KVCache(n_layer, shape, dtype, idx.device, is_static) for n_layer in (c.n_layer, c.n_layer * c.meta_attention)]
 
     def _schedule(self, meta_rate, generator, seed):
         """A function of a position in the sequence: is a meta-token due there?"""

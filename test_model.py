@@ -356,6 +356,22 @@ def test_cached_generation_equals_uncached_past_the_window_too(changes, options)
         assert ((cached[:, T:] != META).sum(1) == 40).all()
 
 
+def test_compiled_generation_equals_eager_and_compiles_two_steps_only(monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, mode, **options: compile(*args, backend="aot_eager", fullgraph=True, **options))
+    torch._dynamo.reset()
+    model, prompt = build(block_size=16), text_with_meta((1, 4), 9)
+
+    def equal(prompt, compiled_before):
+        with torch._dynamo.config.patch(error_on_recompile=compiled_before):
+            compiled = model.generate(prompt, 60, meta_rate=0.25, seed=1, compiled=True)  # four times past the window
+        return torch.equal(compiled, model.generate(prompt, 60, meta_rate=0.25, seed=1))
+
+    assert equal(prompt, compiled_before=False) and equal(prompt.flip(1), compiled_before=True)
+    with pytest.raises(torch._dynamo.exc.RecompileError):  # the check itself works
+        equal(prompt[:1], compiled_before=True)
+
+
 def test_generation_samples_text_only_and_feeds_meta_tokens_on_schedule():
     model = build(block_size=20)
     with torch.no_grad():

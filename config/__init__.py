@@ -69,7 +69,7 @@ class Config:
     # Machine
     device: str = "auto"                # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
     dtype: str = "auto"                 # 'float32', 'bfloat16', 'float16'; auto: bfloat16 where the device is fast at it
-    compile: str = "auto"               # torch.compile: true or false; auto: on CUDA only
+    compile: str = "auto"               # torch.compile: true or false; auto: on CUDA, but not in sample.py
 
     # Sampling
     start: str = ""                     # prompt; 'FILE:prompt.txt' reads a file, '-' standard input; empty: a start of our own
