@@ -12,7 +12,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sysconfig
 import tempfile
@@ -354,7 +353,7 @@ def main(argv=None):
         rows += every[name](config, shape, machine)
     os.makedirs("results", exist_ok=True)
     path = f"results/bench_{machine.name().replace(' ', '_')}.json"
-    prepare.write_json(path, {"device": machine.name(), "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+    prepare.write_json(path, {"device": machine.name(), "processor": machine.processor(), "cores": os.cpu_count(),
                               "torch": torch.__version__, "dtype": str(machine.dtype), "batch_size": config.batch_size,
                               "model": asdict(shape), "rows": rows})
     print(f"written to {path}")

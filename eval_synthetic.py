@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -36,6 +35,7 @@ import train
 from model import GPT, load_checkpoint
 
 FORMAT = "synthetic tasks 1"
+CONTENT = {"label", "task", "placement", "marker", "train_length", "seeds", "learning_rate", "validation", "tests", "rows", "run", "config"}
 FIRST_PHASE = 64                     # tokens; every further phase of the curriculum is twice as long
 EVAL_TOKENS = 16384                  # positions in a batch of evaluation
 GENERATED = 256                      # examples that are also generated freely
@@ -210,8 +210,8 @@ def split_of(prompt):
 
 
 def draw(stream, split, length, number, exactly=None):
-    """Example `number` of a split, of up to `length` tokens and more than half as many, or of `exactly` so many. Validation
-    and test are the same for every seed."""
+    """Example `number` of a split, of up to `length` tokens and more than half as many, or of `exactly` so many, counted with the
+    marks of placement 'all'. Validation and test are the same for every seed."""
     shortest, longest = (exactly, exactly) if exactly else (length // 2 + 1, length)
     seed = [stream.seed if split == "train" else TEST_SEED, SPLITS.index(split), length, number]
     for attempt in itertools.count():
@@ -555,12 +555,7 @@ class Run:
         self.validation = draw_split(self.pool, self.stream, "validation", config.train_length, config.val_examples)
         several = len(self.rates) > 1
         if several and state is None:
-            for lr in self.rates:  # a short run of the whole curriculum each; the lowest validation loss wins
-                print(f"trial of learning rate {lr:g}")
-                loss = fine_tune(self, copy.deepcopy(self.model), lr, config.trial_steps,
-                                 0.3 * config.max_minutes / len(self.rates))[-1]["loss"]
-                self.lr["tried"][str(lr)] = loss if math.isfinite(loss) else sys.float_info.max
-            self.lr["chosen"] = float(min(self.lr["tried"], key=self.lr["tried"].get))
+            self.choose_rate()
         minutes = config.max_minutes * (0.7 if several else 1)  # the trials have had the rest
         history = state["history"] if state and state["finished"] else fine_tune(
             self, self.model, self.lr["chosen"], steps, minutes, state, save=True)
@@ -569,15 +564,33 @@ class Run:
             "format": FORMAT, "label": self.label, "task": config.task, "placement": self.placement,
             "marker": self.marker, "train_length": config.train_length, "pretrained": self.pretrained,
             "seeds": {"pretraining": self.pretrained["seed"], "fine-tuning": config.seed, "test": TEST_SEED}, "commit": commit(),
-            "hardware": {"device": self.machine.name(), "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+            "hardware": {"device": self.machine.name(), "processor": self.machine.processor(), "cores": os.cpu_count(),
                          "dtype": str(self.machine.dtype).removeprefix("torch."), "torch": torch.__version__},
             "learning_rate": self.lr, "validation": history, "tests": tests, "rows": rows, "run": self.identity,
             "config": asdict(config)})
         print(f"written to {self.result}")
 
+    def choose_rate(self):
+        """Tries each rate in a short run of the whole curriculum; the lowest loss on validation wins. What was tried is kept."""
+        config, kept = self.config, self.checkpoint.removesuffix(".pt") + "_rates.json"
+        if os.path.exists(kept) and not config.overwrite:
+            with open(kept, encoding="utf-8") as file:
+                there = json.load(file)
+            self.lr["tried"] = there["tried"] if there["run"] == self.identity else {}
+        for lr in self.rates:
+            if str(lr) in self.lr["tried"]:
+                continue
+            print(f"trial of learning rate {lr:g}")
+            minutes = 0.3 * config.max_minutes / len(self.rates)
+            loss = fine_tune(self, copy.deepcopy(self.model), lr, config.trial_steps, minutes)[-1]["loss"]
+            self.lr["tried"][str(lr)] = loss if math.isfinite(loss) else sys.float_info.max
+            prepare.write_json(kept, {"run": self.identity, "tried": self.lr["tried"]})
+        self.lr["chosen"] = float(min(self.lr["tried"], key=self.lr["tried"].get))
+
     def measure_rows(self):
         """(tests, rows): what the test examples of every evaluation length are, and every row measured on them."""
         config, model, stream, tests, rows = self.config, self.model, self.stream, {}, []
+        started, done, total = time.monotonic(), 0, sum(lengths_of(config))
         for length in lengths_of(config):
             if model.config.pos == "absolute" and length > model.config.block_size:
                 rows.append({"row": "full", "length": length, "impossible": f"learned positions end at {model.config.block_size}"})
@@ -590,13 +603,15 @@ class Run:
                 "majority": max(answers.values()) / len(examples), "mean_tokens": float(np.mean([len(e.tokens) for e in examples])),
                 "sha256_of_prompts": prepare.sha256("\n".join(e.prompt for e in examples).encode())}
             print(f"{length} tokens: {test['n']} examples, exact match by chance {100 * test['chance']:.1f}%, by the most frequent answer "
-                  f"{100 * test['majority']:.1f}%")
+                  f"{100 * test['majority']:.1f}%"
+                  + (f"; ETA {train.duration((time.monotonic() - started) / done * (total - done))}" if done else ""), flush=True)
             for row in self.rows:
                 inputs = [replace(e, tokens=e.tokens[e.tokens != stream.mark]) for e in examples] if row == "no_meta" else examples
                 with ablated(model, row):
                     rows.append(score(row, length, "teacher forcing", *measure(model, inputs, length, self.machine)[:2]))
                     if config.task == "copying" and row == "full":
                         rows.append(score(row, length, "generation", measure_generation(model, inputs[:GENERATED], self.machine)))
+            done += length
         return tests, rows
 
 
@@ -628,6 +643,8 @@ def read_result(path):
         with open(path, encoding="utf-8") as file:
             result = json.load(file)
         if not isinstance(result, dict) or not str(result.get("format", "")).startswith(FORMAT.rpartition(" ")[0]):
+            raise ValueError
+        if result["format"] == FORMAT and not result.keys() >= CONTENT:
             raise ValueError
     except OSError:
         raise SystemExit(f"error: no result {path}: write one with python eval_synthetic.py --task=...") from None
@@ -713,18 +730,20 @@ def tables(panels):
         every = [result for group in lines.values() for result in group]
         lengths = sorted({row["length"] for result in every for row in result["rows"]})
         head, rule = "".join(f" {length} |" for length in lengths), "---|" * (len(lengths) + 3)
-        yield (f"\n**{task}, {PLACES[place]}**: exact match in % (95% interval; of several seeds their range)\n\n"
-               f"| model | row | tuned at |{head} half of validation right at step |\n|{rule}---|")
         tests = {int(length): test for result in every for length, test in result["tests"].items()}
+        n = " or ".join(map(str, sorted({test["n"] for test in tests.values()})))
+        yield (f"\n**{task}, {PLACES[place]}**: exact match in % of {n} examples a length, teacher-forced (95% interval; of several seeds "
+               f"their range)\n\n| model | row | tuned at |{head} half of validation right at step |\n|{rule}---|")
         for name in ("chance", "majority"):
             cells = (f"{100 * tests[length][name]:.1f}" if length in tests else "-" for length in lengths)
             yield f"| {name} | | | " + " | ".join(cells) + " | |"
         for line, group in lines.items():
             first = f"| {line}, {len(group)} seeds |" if len(group) > 1 else f"| {line} |"
             tuned = group[0]["train_length"]
+            generated = f", generated (n <= {GENERATED})"
             for row, by in dict.fromkeys((r["row"], r["by"]) for result in group for r in result["rows"] if "by" in r):
                 cells = (cell(correct_of(group, length, row, by)) for length in lengths)
-                what = row + {"no_meta": " (out of distribution)"}.get(row, "") + {"generation": ", generated"}.get(by, "")
+                what = row + {"no_meta": " (out of distribution)"}.get(row, "") + generated * (by == "generation")
                 yield f"{first} {what} | {tuned} | " + " | ".join(cells) + f" | {learned_at(group) if what == 'full' else ''} |"
             shares = ([r["token_accuracy"] for r in rows_of(group, length).values()] for length in lengths)  # the paper's metric
             cells = (f"{100 * np.mean(seeds):.1f}" if seeds else "-" for seeds in shares)

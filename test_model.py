@@ -1,6 +1,8 @@
 """What the project promises, each promise checked against something independent of the code that keeps it."""
 import glob
 import gzip
+import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -1008,7 +1010,7 @@ def test_the_prompt_without_its_marks_determines_the_answer(task, name):
 
 def test_the_example_of_the_docstring_is_one():
     e = eval_synthetic.make_example("list_recall", 150, 210, "task", 35, np.random.default_rng(11), tokenizer("bytes"))
-    assert textwrap.indent(prepare.decode(tokenizer("bytes"), e.tokens.tolist()), " " * 8) in eval_synthetic.make_example.__doc__
+    assert textwrap.indent(prepare.decode(tokenizer("bytes"), e.tokens.tolist()), " " * 4) in inspect.getdoc(eval_synthetic.make_example)
 
 
 def test_words_are_single_tokens_of_gpt2s_bpe():
@@ -1135,6 +1137,20 @@ def test_a_tiny_model_learns_a_tiny_task_and_generates_what_it_is_measured_by(mo
     assert (eval_synthetic.measure_generation(model, run.validation, run.machine) == correct).all()
 
 
+def test_tuning_ends_when_validation_is_solved_or_time_is_up(monkeypatch, tmp_path):
+    run = small_run(monkeypatch, "spell")
+    run.checkpoint, run.identity, run.lr = str(tmp_path / "tuned.pt"), {}, {}
+    run.config.stop_solved, run.config.val_interval = True, 1
+    monkeypatch.setattr(eval_synthetic, "SOLVED", 0.5)
+    *unsolved, solved = eval_synthetic.fine_tune(run, small_model(), 3e-3, 1000, 0.0, save=True)
+    assert solved["step"] < 1000 and solved["exact"] >= 0.5 > max(point["exact"] for point in unsolved)
+    assert load_checkpoint(run.checkpoint)["finished"]
+    run.phases, ticks = [32, 64], itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: 0.15 * next(ticks))  # 400 looks a minute
+    last = eval_synthetic.fine_tune(run, small_model(), 3e-3, 10**6, 1.0)[-1]
+    assert 1 <= last["minutes"] < 1.5 and 32 < last["step"] < 400 and last["phase"] == 64
+
+
 def test_rows_change_what_they_name_and_nothing_stays_behind():
     model, idx = build(), text_with_meta((4, 7))
     before = model(idx)[0]
@@ -1240,10 +1256,15 @@ def test_a_tuning_killed_and_started_again_ends_with_the_same_bits(tmp_path, mon
     arguments = ["--init_from=meta.pt", *TUNE, "--dropout=0.1"]
     eval_synthetic.main([*arguments, "--label=whole"])
     whole = eval_synthetic.read_result("results/whole_list_recall_task_meta_192_s5_1337.json")
-    assert [entry["step"] for entry in whole["validation"]] == [3, 6, 9, 12] and len(whole["learning_rate"]["tried"]) == 3
+    tried = whole["learning_rate"]["tried"]
+    assert [entry["step"] for entry in whole["validation"]] == [3, 6, 9, 12] and len(tried) == 3
+    kept = json.load(open("out/whole_list_recall_task_meta_192_s5_1337_rates.json"))
+    assert kept["tried"] == tried
+    prepare.write_json("out/killed_list_recall_task_meta_192_s5_1337_rates.json", kept | {"tried": dict([*tried.items()][:2])})
     command = [sys.executable, os.path.join(HERE, "eval_synthetic.py"), *arguments, "--label=killed"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
+        assert "trial" not in line or "0.001" in line  # two of three are there
         if "step  8/12" in line:
             process.send_signal(signal.SIGKILL)
             break
@@ -1307,7 +1328,8 @@ def test_bad_results_are_refused_in_one_line(tuned):
 
     assert "--plot needs results" in refused()
     assert "no result results/*.json" in refused("results/*.json")
-    for name, content in {"list": "[]", "text": "hello", "other": '{"rows": []}'}.items():
+    part = json.dumps({"format": eval_synthetic.FORMAT, "rows": []})
+    for name, content in {"list": "[]", "text": "hello", "other": '{"rows": []}', "part": part}.items():
         open(f"{name}.json", "w").write(content)
         assert f"{name}.json is not a result of eval_synthetic.py" in refused(f"{name}.json")
     good = open(tuned[0]).read()

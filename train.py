@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -19,7 +20,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 
 import numpy as np
@@ -82,6 +83,14 @@ class Machine:
 
     def name(self):
         return torch.cuda.get_device_name(self.device) if self.type == "cuda" else self.type
+
+    @staticmethod
+    def processor():
+        """The name of the CPU."""
+        with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+            if found := re.search(r"model name\s*: (.+)", file.read()):
+                return found[1]
+        return platform.processor() or platform.machine()
 
     def peak_flops(self):
         """FLOP/s of all processes together; None for an unknown device or precision."""
