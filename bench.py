@@ -350,6 +350,7 @@ def main(argv=None):
     print(f"{'':<12} {'':<44} {'tokens/s':>12} {'speed':>8} {'time':>8} {'spread':>6} {'memory':>10} {'MFU':>6}")
     rows = []
     for name in names:
+        torch._dynamo.reset()  # it compiles a function eight times at most
         rows += every[name](config, shape, machine)
     os.makedirs("results", exist_ok=True)
     path = f"results/bench_{machine.name().replace(' ', '_')}.json"

@@ -228,7 +228,7 @@ class Slots:
     keys: torch.Tensor         # (B, nh, size, hs)
     values: torch.Tensor
     index: torch.Tensor        # (n,), int64
-    mask: torch.Tensor | None  # (B, 1, n, size), bool; None for a prompt, which sees itself alone, causally
+    mask: torch.Tensor | None  # (B, 1, n, size), added to the scores; None for a prompt, which sees itself alone, causally
 
     def fill(self, k, v):
         """Puts k and v, (B, nh, n, hs), there. Returns the keys and values to attend to, and the mask."""
@@ -238,7 +238,7 @@ class Slots:
 
 
 class KVCache:
-    """One attention's keys and values in every block, of B sequences of up to `size` tokens.
+    """The keys and values of attention, or of meta-attention, in every block, for B sequences of up to `size` tokens.
 
     All memory is there from the start, and the device counts what is taken: each step of n tokens has the same shapes and
     addresses, as a CUDA graph needs. is_static tells torch.compile so.
@@ -248,7 +248,7 @@ class KVCache:
         """shape: (B, nh, size, hs)"""
         self.kv = [[torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)] for _ in range(n_layer)]
         self.length = torch.zeros((), dtype=torch.long, device=device)
-        self.padding = torch.zeros(shape[0], shape[2], dtype=torch.bool, device=device)  # slots that hold no token
+        self.padding = torch.zeros(shape[0], shape[2], dtype=torch.bool, device=device)  # slots without a token: in meta-attention's alone
         if is_static:
             for tensor in (self.length, self.padding, *sum(self.kv, [])):
                 torch._dynamo.mark_static_address(tensor, guard=False)
@@ -260,13 +260,13 @@ class KVCache:
     def take(self, n, is_prompt, padding=None):
         """For each block the Slots of the next n tokens; padding (B, n), bool, says where a row has none."""
         index = self.length + torch.arange(n, device=self.length.device)
-        self.length += n
+        self.length.add_(n)  # += would be an assignment, too, which a compiled step would have to return
         if padding is not None:
             self.padding.index_copy_(1, index, padding)
         mask = None
         if not is_prompt:
-            mask = torch.arange(self.padding.size(1), device=index.device) <= index[:, None]
-            mask = mask & ~self.padding[:, None, None]
+            is_visible = (torch.arange(self.padding.size(1), device=index.device) <= index[:, None]) & ~self.padding[:, None, None]
+            mask = torch.zeros_like(is_visible, dtype=self.kv[0][0].dtype).masked_fill(~is_visible, -math.inf)
         return [Slots(k, v, index, mask) for k, v in self.kv]
 
 
@@ -320,24 +320,23 @@ class GPT(nn.Module):
         text = 6 * (self.num_params() - meta_params) + 12 * c.n_layer * c.n_embd * T
         return text + c.meta_attention * n_meta / T * (6 * meta_params + 12 * c.n_layer * c.n_embd * n_meta)
 
-    def forward(self, idx, targets=None, n_meta=None, at=None, cache=None, is_prompt=False):
+    def forward(self, idx, targets=None, n_meta=None, at=None, caches=None, is_prompt=False):
         """idx: (B, T) token ids; targets: (B, T), -1 where there is nothing to predict.
         n_meta: an upper bound on the meta-tokens of a row, as a host integer; without it they are counted, which
         waits for the device. at: (B, A), the positions to predict at, where it is not all of them; A then stands for T in targets
-        and logits. cache: the KVCache of each attention, to which idx is appended; is_prompt: they are empty.
+        and logits. caches: a KVCache of attention and one of meta-attention, to which idx is appended; is_prompt: they are empty.
 
         Returns (logits, None), logits (B, T, vocab_size); or, with targets, (None, loss): the mean cross-entropy in
         nats over the positions whose target is neither -1 nor the meta-token (paper, section 3).
-        Raises ValueError where learned positions end before the sequence does.
+        Raises ValueError where learned positions end before idx does.
         """
         c, T = self.config, idx.size(1)
         if c.pos == "absolute" and c.block_size < T:
             raise ValueError(f"{T} tokens, but there are learned positions for block_size={c.block_size}")
-        slots = meta_slots = [None] * c.n_layer
-        positions = torch.arange(T, device=idx.device)
-        if cache:
-            slots = cache[0].take(T, is_prompt)
-            positions = slots[0].index
+        text_cache, meta_cache = caches or (None, None)
+        nowhere = [None] * c.n_layer
+        slots = text_cache.take(T, is_prompt) if caches else nowhere
+        positions = slots[0].index if caches else torch.arange(T, device=idx.device)
         is_meta = None if c.meta_id is None else idx == c.meta_id                    # (B, T)
 
         x = self.transformer.wte(idx)                                                # (B, T, C)
@@ -350,8 +349,7 @@ class GPT(nn.Module):
 
         rope = self._rope_tables(positions, is_meta) if c.pos == "rope" else None
         meta = self._find_meta(is_meta, n_meta, rope) if c.meta_attention else None
-        if cache and meta is not None:
-            meta_slots = cache[1].take(meta.index.size(1), is_prompt, meta.padding[..., 0])
+        meta_slots = meta_cache.take(meta.index.size(1), is_prompt, meta.padding[..., 0]) if caches and meta is not None else nowhere
         for block, *own_slots in zip(self.transformer.h, slots, meta_slots):
             x = block(x, rope, meta, *own_slots)
         x = self.transformer.ln_f(x)
@@ -479,8 +477,8 @@ class GPT(nn.Module):
         temperature 0 is greedy. A meta-token is never sampled: a schedule, drawn beforehand for the whole batch, has
         round(meta_rate * block_size) of the positions 1..block_size-1 of each block of the sequence, and feeds one there.
         When the window is full, generation goes on from its last half, re-based to position 0 (on_full is then called,
-        once). use_cache=False computes the same from the whole window each time; compiled=True by compiled steps, on a GPU by
-        CUDA graphs, which take a while to get ready.
+        once). use_cache=False computes the same from the whole window each time. compiled=True compiles the step behind the prompt, on a
+        GPU into a CUDA graph, which takes a while.
         Raises ValueError for an empty prompt, or a meta_rate for a model without meta-tokens.
         """
         c, device = self.config, idx.device
@@ -491,9 +489,9 @@ class GPT(nn.Module):
         if generator is None and temperature > 0:
             generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
         is_scheduled = self._schedule(meta_rate, generator, seed)
-        cache = self._new_cache(idx, max_new_tokens + round(meta_rate * c.block_size), compiled) if use_cache else None
+        caches = self._new_caches(idx, max_new_tokens + round(meta_rate * c.block_size), compiled) if use_cache else ()
         step = torch.compile(self, mode="reduce-overhead", dynamic=False) if compiled else self
-        window, new, position, is_prompt = idx, idx, idx.size(1), True  # new: what the cache has not seen
+        window, new, position, is_prompt = idx, idx, idx.size(1), True  # new: what the caches have not seen
         for _ in range(max_new_tokens):
             while is_scheduled(position):  # a meta-token is fed along with the text token before it, in one step
                 token = torch.full_like(idx[:, :1], c.meta_id)
@@ -502,29 +500,30 @@ class GPT(nn.Module):
             if window.size(1) > c.block_size:
                 window = new = window[:, -(max(c.block_size // 2, 1)):]
                 is_prompt = True
-                for attention in cache or ():
-                    attention.clear()
+                for cache in caches:
+                    cache.clear()
                 if on_full:
                     on_full()
                     on_full = None
-            seen = new if cache else window
-            last = torch.full_like(idx[:, :1], seen.size(1) - 1)
-            if cache is None or is_prompt:
-                logits = self(seen, at=last, cache=cache, is_prompt=True)[0][:, 0]
-            else:  # behind the sampled token stand meta-tokens alone; more than one is too rare to be compiled
-                run = step if seen.size(1) <= 2 else self
-                logits = run(seen, n_meta=seen.size(1) - 1, at=last, cache=cache)[0][:, 0]
+            seen = new if caches else window
+            last = idx.new_full((idx.size(0), 1), seen.size(1) - 1)
+            is_step = caches and not is_prompt
+            run = step if is_step and seen.size(1) <= 2 else self  # two meta-tokens in a row are too rare to be compiled
+            n_meta = seen.size(1) - 1 if is_step else None         # in a step all but the first
+            logits = run(seen, n_meta=n_meta, at=last, caches=caches, is_prompt=is_prompt)[0][:, 0]
             is_prompt = False
             new = self._sample(logits, temperature, top_k, top_p, generator)
             window, position = torch.cat([window, new], 1), position + 1
             yield new
 
-    def _new_cache(self, idx, more, is_static):
-        """An empty KVCache for each attention: for idx (B, T) and so many tokens more, or for the window."""
+    def _new_caches(self, idx, more, is_static):
+        """Empty caches with room for the window, or for idx (B, T) and so many tokens more, if that is less; static ones are all of
+        one size, for which nothing has to be compiled anew."""
         c, of = self.config, idx.device.type
         dtype = torch.get_autocast_dtype(of) if torch.is_autocast_enabled(of) else self.lm_head.weight.dtype
-        shape = (idx.size(0), c.n_head, min(idx.size(1) + more, c.block_size), c.head_dim)
-        return [KVCache(n_layer, shape, dtype, idx.device, is_static) for n_layer in (c.n_layer, c.n_layer * c.meta_attention)]
+        size = c.block_size if is_static else min(idx.size(1) + more, c.block_size)
+        shape = (idx.size(0), c.n_head, size, c.head_dim)
+        return [KVCache(n_layer, shape, dtype, idx.device, is_static) for n_layer in (c.n_layer, c.n_layer if c.meta_attention else 0)]
 
     def _schedule(self, meta_rate, generator, seed):
         """A function of a position in the sequence: is a meta-token due there?"""
