@@ -413,7 +413,7 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
         train.load_optimizer(optimizer, state["optimizer"])
         if scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
-    torch._dynamo.config.cache_size_limit = 64  # a graph for each phase, and for few numbers of meta-tokens
+    torch._dynamo.config.cache_size_limit = 64  # two lengths a phase, and few numbers of meta-tokens
     forward = torch.compile(model, dynamic=False) if machine.compile else model
     started, B = time.monotonic(), config.task_batch_size
     first_step, length, norm = step, None, 0.0
@@ -469,7 +469,7 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
         if done:
             break
         (_, _, length, _, _), examples = next(batches)
-        x, at, y = collate(examples, length, bucket=length if machine.compile else 16)
+        x, at, y = collate(examples, length, bucket=length // 4 if machine.compile else 16)  # two shapes a phase, or as they come
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(schedule, step, clock())
         if config.dropout > 0:

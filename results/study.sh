@@ -4,16 +4,22 @@
 #     results/study.sh                                      # a day of two cores; SEEDS="1 2": these alone; JOBS=4: so many at a time
 #     results/study.sh config/study_gpu.py --source=FOLDER  # larger models, on a GPU; settings behind the config go to every command
 #
-# WORKERS=4 has four processes draw examples for each job, which a GPU with GPT-2's BPE needs.
+# WORKERS=4 has four processes draw examples for each job, which a GPU with GPT-2's BPE needs; LIST=1 only lists the commands.
 # What is there already is not done again, and what was interrupted goes on where it was.
 set -e
 export CONFIG=${1:-config/study.py} SETTINGS=${*:2} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 name=$(basename "$CONFIG" .py)
+seeds=${SEEDS:-1 2 3}
+first=${seeds%% *}
 export OUT=out/$name
 mkdir -p "$OUT"
 layers=$(sed -n 's/^n_layer = //p' "$CONFIG")
 length=$(sed -n 's/^train_length = \([0-9]*\).*/\1/p' "$CONFIG")
 plain="--dataset=${name}_plain --meta_rate=0 --meta_attention=False"
+
+data() {  # settings...: prepares a dataset
+    python prepare.py "$CONFIG" --seed=1 "$@" $SETTINGS >> "$OUT/prepare.log" 2>&1
+}
 
 pretrain() {  # model seed settings...: the model $OUT/<model>_s<seed>
     local out=$OUT/$1_s$2 resume=
@@ -26,14 +32,15 @@ tune() {  # model seed task placement marker label settings...: results/<label>_
     python eval_synthetic.py "$CONFIG" --init_from="$OUT/$1_s$2" --out_dir="$OUT" --seed="$2" --task="$3" --placement="$4" \
         --marker="$5" --label="$6" --workers="${WORKERS:-1}" "${@:7}" $SETTINGS >> "$OUT/${6//[^[:alnum:].-]/_}_$3_$4_$5_s$2.log" 2>&1
 }
-export -f pretrain tune
+export -f data pretrain tune
 
 together() {  # the commands of standard input, JOBS of them at a time
+    [ -n "$LIST" ] && cat && return
     xargs -d '\n' -P "${JOBS:-2}" -I{} bash -c 'echo "$0"; eval "$0" || { echo "failed: $0"; exit 255; }' {}
 }
 
 models() {  # the commands that pre-train; deep has as many parameters more as meta-attention has
-    for seed in ${SEEDS:-1 2 3}; do
+    for seed in $seeds; do
         echo "pretrain gpt2 $seed $plain"
         echo "pretrain meta $seed"
         echo "pretrain pause $seed --meta_attention=False"
@@ -43,7 +50,7 @@ models() {  # the commands that pre-train; deep has as many parameters more as m
 
 lines() {  # task placement settings...: the commands that tune and measure, one for each line of the table
     local task=$1 placement=$2 settings=${*:3}
-    for seed in ${SEEDS:-1 2 3}; do
+    for seed in $seeds; do
         [ "$placement" = task ] && echo "tune gpt2 $seed $task none none 'A GPT-2' $settings"
         echo "tune gpt2 $seed $task $placement text 'B GPT-2, #' $settings"
         echo "tune gpt2 $seed $task $placement fresh 'B GPT-2, fresh token' $settings"
@@ -55,15 +62,35 @@ lines() {  # task placement settings...: the commands that tune and measure, one
 }
 
 rates() {  # task placement settings...: the same at other learning rates, of the first seed: how much hangs on the rate
-    local seeds=${SEEDS:-1}
     for rate in 1e-3 4e-3; do
-        SEEDS=${seeds%% *} lines "$@" | sed "s/'\(.*\)'/'rate $rate, \1'/; s/\$/ --task_lr=$rate/"
+        seeds=$first lines "$@" | sed "s/'\(.*\)'/'rate $rate, \1'/; s/\$/ --task_lr=$rate/"
     done
 }
 
-python prepare.py "$CONFIG" --seed=1 $SETTINGS
-python prepare.py "$CONFIG" --seed=1 $plain $SETTINGS
-models | together
+more_models() {  # of the first seed: learned positions, and meta-tokens at other rates and places
+    echo "pretrain ape $first --pos=absolute"
+    echo "pretrain gpt2ape $first $plain --pos=absolute"
+    echo "data --dataset=study_k05 --meta_rate=0.05 && pretrain k05 $first --dataset=study_k05 --meta_rate=0.05"
+    echo "data --dataset=study_k20 --meta_rate=0.2 && pretrain k20 $first --dataset=study_k20 --meta_rate=0.2"
+    echo "data --dataset=study_periodic --meta_placement=periodic && pretrain periodic $first --dataset=study_periodic --meta_placement=periodic"
+}
+
+variants() {  # settings of Copying...: these, tuned; and a window four times as long by YaRN
+    echo "tune ape $first copying task meta 'learned positions, D meta' $*"
+    echo "tune gpt2ape $first copying task text 'learned positions, B GPT-2, #' $*"
+    for model in k05 k20 periodic; do
+        echo "tune $model $first copying task meta '$model, D meta' $*"
+    done
+    local extended="--block_size=1024 --train_length=512 --phase_steps=1000 --val_interval=200 --eval_lengths=256,512,768,1024,1280"
+    echo "tune gpt2 $first copying task text 'YaRN, B GPT-2, #' $extended --rows=full --yarn_scale=4"
+    echo "tune meta $first copying task meta 'YaRN, D meta' $extended --rows=full,no_pos --yarn_scale=4"
+    echo "tune gpt2 $first copying task text 'no YaRN, B GPT-2, #' $extended --rows=full"
+    echo "tune meta $first copying task meta 'no YaRN, D meta' $extended --rows=full,no_pos"
+}
+
+[ -n "$LIST" ] || data
+[ -n "$LIST" ] || data $plain
+{ models; [ "$name" != study ] || more_models; } | together
 
 copying= everywhere=
 if [ "$name" = study ]; then  # the shortest prompts of Copying are of 139 bytes: one phase
@@ -76,15 +103,23 @@ fi
     lines list_recall task
     lines list_recall all
     if [ "$name" = study ]; then
-        for seed in ${SEEDS:-1 2 3}; do
+        lines segment_counting task
+        lines parity task
+        for seed in $seeds; do
             echo "tune gpt2 $seed copying none none 'A GPT-2, 3,600 steps' $copying $everywhere"
             echo "tune meta $seed copying all meta 'D meta at 4e-3' $copying $everywhere --task_lr=4e-3"
         done
         rates copying task $copying
+        variants $copying
     fi
 } | together
+[ -n "$LIST" ] && exit
 python eval_synthetic.py --plot results/?_*_"${length}"_s*.json
-mkdir -p "results/$name/rates"
+mkdir -p "results/$name"
 cp results/?_*_"${length}"_s*.json results/synthetic.png "results/$name/"
-[ "$name" = study ] && cp results/rate_*.json "results/$name/rates/"
+if [ "$name" = study ]; then
+    mkdir -p results/study/rates results/study/variants
+    cp results/rate_*.json results/study/rates/
+    cp results/{learned,k05,k20,periodic,YaRN,no_YaRN}*.json results/study/variants/
+fi
 tail -n 1 "$OUT"/*_s?/log.jsonl > "results/$name/pretraining.txt"
