@@ -1,7 +1,7 @@
 """Speed and memory, as ratios measured in one run on one machine.
 
     python bench.py                                       # everything that this machine can
-    python bench.py --what=meta,generation
+    python bench.py --what=meta,generation                # of its parts these; choices (micro-batch, attention's kernel) only so
     python bench.py --gpu                                 # GPT-2's size, vocabulary and window, beside nanoGPT's way to run it
 
 Prints a table and writes results/bench_<device>.json. Rows of a group take turns, so that a machine that slows down
@@ -21,6 +21,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import config as settings
 import prepare
@@ -239,6 +240,25 @@ def memory(config, shape, machine):
                     "device_bytes": device, "largest_micro_batch": largest}]
 
 
+def choices(config, shape, machine):
+    """What a config may choose, at block 1024: the micro-batch, and the kernel of the attentions."""
+    sizes, kernels = (1, 2, 4), (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
+    if config.gpu:
+        sizes, kernels = (8, 16, 24, 32, 48), (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+
+    def step(size, kernel=None):
+        step = training_step(shape, machine, size, machine.compile)
+
+        def work():
+            with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
+                return step()
+        return work
+
+    rows = compare("micro-batch", {f"{size}": step(size) for size in sizes}, machine, rounds=3)
+    return rows + compare("kernel", {"torch's choice": step(sizes[1])} | {kernel.name: step(sizes[1], kernel) for kernel in kernels},
+                          machine, rounds=3)
+
+
 def reading(config, shape, machine):
     """Shuffled blocks of 1024 from disk through train.py's loader: alone, from the page cache and with the cache dropped before;
     and under training, against a batch that is there already."""
@@ -331,8 +351,9 @@ def preparation(config, shape, machine):
 
 def main(argv=None):
     config = settings.load(argv)
-    every = {part.__name__: part for part in (training, meta, loss, tuning, generation, reading, memory if config.gpu else preparation)}
-    names = config.parts(every)
+    every = {part.__name__: part for part in (
+        training, meta, loss, tuning, generation, reading, memory if config.gpu else preparation, choices)}
+    names = [name for name in config.parts(every) if name != "choices" or config.what != "all"]  # on request only, it takes long
     size = {"batch_size": 24} if config.gpu else {"n_layer": 6, "n_head": 6, "n_embd": 384, "batch_size": 8}
     for name, value in size.items():
         if not config.given(name):
