@@ -656,7 +656,8 @@ def read_result(path):
 
 
 def merge(results):
-    """{(task, placement): {label: [result of each seed]}}, a panel each; what has no marks stands in every panel of its task.
+    """{(task, placement): {label: [result of each seed]}}, a panel each; what has no marks stands in every panel of its task, or in
+    those of as many steps if there are such.
 
     Raises SystemExit where results of a task cannot be compared, or those of a line differ in more than their seeds.
     """
@@ -680,7 +681,9 @@ def merge(results):
     for task, place in itertools.product(TASKS, PLACES):
         unmarked, there = ({label: group for (t, p, label), group in lines.items() if (t, p) == (task, at)} for at in ("none", place))
         if there and place != "none":
-            panels[task, place] = {label + ", no marks" * (label in there): group for label, group in unmarked.items()} | there
+            steps = {group[0]["run"].get("phase_steps") for group in there.values()}
+            equal = {label: group for label, group in unmarked.items() if group[0]["run"].get("phase_steps") in steps}
+            panels[task, place] = {label + ", no marks" * (label in there): group for label, group in (equal or unmarked).items()} | there
         elif there and not any(t == task for t, _ in panels):  # PLACES ends with "none"
             panels[task, "none"] = there
     return panels
