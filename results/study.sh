@@ -103,7 +103,7 @@ fi
     lines list_recall task
     lines list_recall all
     if [ "$name" = study ]; then
-        lines segment_counting task
+        lines segment_counting task $copying
         lines parity task
         for seed in $seeds; do
             echo "tune gpt2 $seed copying none none 'A GPT-2, 3,600 steps' $copying $everywhere"
