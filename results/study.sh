@@ -114,12 +114,13 @@ fi
     fi
 } | together
 [ -n "$LIST" ] && exit
-python eval_synthetic.py --plot results/?_*_"${length}"_s*.json
+shown=(results/?_*_{copying,list_recall}_*_"${length}"_s*.json)
+python eval_synthetic.py --plot "${shown[@]}"
 mkdir -p "results/$name"
-cp results/?_*_"${length}"_s*.json results/synthetic.png "results/$name/"
+cp "${shown[@]}" results/synthetic.png "results/$name/"
 if [ "$name" = study ]; then
     mkdir -p results/study/rates results/study/variants
     cp results/rate_*.json results/study/rates/
-    cp results/{learned,k05,k20,periodic,YaRN,no_YaRN}*.json results/study/variants/
+    cp results/{?_*_segment_counting,?_*_parity,learned,k05,k20,periodic,YaRN,no_YaRN}*.json results/study/variants/
 fi
 tail -n 1 "$OUT"/*_s?/log.jsonl > "results/$name/pretraining.txt"
