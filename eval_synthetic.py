@@ -681,8 +681,8 @@ def merge(results):
     for task, place in itertools.product(TASKS, PLACES):
         unmarked, there = ({label: group for (t, p, label), group in lines.items() if (t, p) == (task, at)} for at in ("none", place))
         if there and place != "none":
-            steps = {group[0]["run"].get("phase_steps") for group in there.values()}
-            equal = {label: group for label, group in unmarked.items() if group[0]["run"].get("phase_steps") in steps}
+            steps = {group[0]["run"]["phase_steps"] for group in there.values()}
+            equal = {label: group for label, group in unmarked.items() if group[0]["run"]["phase_steps"] in steps}
             panels[task, place] = {label + ", no marks" * (label in there): group for label, group in (equal or unmarked).items()} | there
         elif there and not any(t == task for t, _ in panels):  # PLACES ends with "none"
             panels[task, "none"] = there

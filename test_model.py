@@ -1214,9 +1214,10 @@ def test_a_difference_is_as_uncertain_as_seeds_or_examples_make_it():
 
 
 def test_results_are_grouped_by_task_and_placement():
-    def result(label, placement, seed, task="copying"):
+    def result(label, placement, seed, task="copying", steps=10):
         return {"tests": {}, "task": task, "placement": placement, "label": label, "seeds": seed,
-                "run": {"seed": seed, "pretrained": f"of {seed}", "stream": {"seed": seed}, "train_length": 64}}
+                "run": {"seed": seed, "pretrained": f"of {seed}", "stream": {"seed": seed}, "train_length": 64,
+                        "phase_steps": steps}}
 
     unmarked, same = result("A", "none", 1), result("B", "none", 1)
     first, second, everywhere = result("B", "task", 1), result("B", "task", 2), result("B", "all", 1)
@@ -1224,6 +1225,9 @@ def test_results_are_grouped_by_task_and_placement():
     assert list(panels) == [("parity", "none"), ("copying", "task"), ("copying", "all")]
     assert panels["copying", "task"] == {"A": [unmarked], "B, no marks": [same], "B": [first, second]}
     assert panels["copying", "all"] == {"A": [unmarked], "B, no marks": [same], "B": [everywhere]}
+    longer, much_longer = result("A longer", "none", 1, steps=30), result("B", "all", 1, steps=30)
+    panels = eval_synthetic.merge(dict(enumerate([unmarked, longer, first, much_longer])))  # equal steps are compared
+    assert panels == {("copying", "task"): {"A": [unmarked], "B": [first]}, ("copying", "all"): {"A longer": [longer], "B": [much_longer]}}
     assert refusal(eval_synthetic.merge, {"1": first, "2": result("B", "task", 1)}) == \
         "error: 2: 'B' has another result of the same seeds: name one of the two"
     second["run"]["stream"]["mark"] = 35

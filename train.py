@@ -395,8 +395,12 @@ class Log:
         from matplotlib import pyplot as plt
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         for name, label, style in (("loss", "training", {"alpha": 0.6}), ("val_loss", "validation", {"marker": "o", "markersize": 3})):
-            points = [(e["text_tokens"] / 1e6, e[name]) for e in self.entries if name in e]
-            if points:
+            entries = [e for e in self.entries if name in e]
+            ends = [e["step"] for e in entries[-3:]]
+            if name == "loss" and len(ends) == 3 and 2 * (ends[2] - ends[1]) < ends[1] - ends[0]:
+                entries.pop()  # the mean of a few steps only
+            if entries:
+                points = [(e["text_tokens"] / 1e6, e[name]) for e in entries]
                 axes.plot(*zip(*points), label=f"{label}, {points[-1][1]:.3f} at the end", **style)
         losses = [e[name] for e in self.entries for name in ("loss", "val_loss") if name in e]
         top = min(max(losses), 2.5 * min(losses))  # the first steps would flatten the rest
