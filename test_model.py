@@ -363,7 +363,7 @@ def test_compiled_generation_equals_eager_and_compiles_two_steps_whatever_the_pr
     monkeypatch.setattr(torch, "compile", lambda *args, mode, **options: compile(*args, backend="aot_eager", fullgraph=True, **options))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = build(block_size=16)
+    model = build(block_size=16, n_layer=1)
     for counts, T in (((1,), 5), ((3,), 9), ((4,), 20), ((1, 4), 9)):  # four times past the window
         compiled, eager = (model.generate(text_with_meta(counts, T), 60, meta_rate=0.25, seed=1, compiled=how) for how in (True, False))
         assert torch.equal(compiled, eager)
@@ -1141,7 +1141,7 @@ def test_tuning_ends_when_validation_is_solved_or_time_is_up(monkeypatch, tmp_pa
     *unsolved, solved = eval_synthetic.fine_tune(run, small_model(), 3e-3, 1000, 0.0, save=True)
     assert solved["step"] < 1000 and solved["exact"] >= 0.5 > max(point["exact"] for point in unsolved)
     assert load_checkpoint(run.checkpoint)["finished"]
-    run.phases, ticks = [32, 64], itertools.count()
+    run.phases, ticks, run.config.task_batch_size = [32, 64], itertools.count(), 4
     monkeypatch.setattr(time, "monotonic", lambda: 0.15 * next(ticks))  # 400 looks a minute
     last = eval_synthetic.fine_tune(run, small_model(), 3e-3, 10**6, 1.0)[-1]
     assert 1 <= last["minutes"] < 1.5 and 32 < last["step"] < 400 and last["phase"] == 64
