@@ -306,7 +306,7 @@ def generation(config, shape, machine):
         return work
 
     new = 1000 if config.gpu else 500
-    rows = compare("generation", {"no cache": draw(new=new, use_cache=False, compiled=False), "KV cache": draw(new=new, compiled=False),
+    rows = compare("generation", {"no cache": draw(new=new, use_cache=False), "KV cache": draw(new=new, compiled=False),
                                   "KV cache, compiled": draw(new=new, compiled=True)}, machine, rounds=2)
     rows += compare("generation", {"KV cache, text only": draw(), "with meta-tokens, per text token": draw(meta_rate=0.1),
                                    "with meta-tokens, per position fed": draw(per_position=True, meta_rate=0.1)}, machine,

@@ -18,7 +18,7 @@ length=$(sed -n 's/^train_length = \([0-9]*\).*/\1/p' "$CONFIG")
 plain="--dataset=${name}_plain --meta_rate=0 --meta_attention=False"
 
 data() {  # settings...: prepares a dataset
-    python prepare.py "$CONFIG" --seed=1 "$@" $SETTINGS >> "$OUT/prepare.log" 2>&1
+    python prepare.py "$CONFIG" --seed=1 "$@" $SETTINGS
 }
 
 pretrain() {  # model seed settings...: the model $OUT/<model>_s<seed>
@@ -88,8 +88,7 @@ variants() {  # settings of Copying...: these, tuned; and a window four times as
     echo "tune meta $first copying task meta 'no YaRN, D meta' $extended --rows=full,no_pos"
 }
 
-[ -n "$LIST" ] || data
-[ -n "$LIST" ] || data $plain
+[ -n "$LIST" ] || { data; data $plain; }
 { models; [ "$name" != study ] || more_models; } | together
 
 copying= everywhere=
