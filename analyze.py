@@ -18,7 +18,7 @@ import re
 import shlex
 import sys
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -56,7 +56,7 @@ START = """def count(path):
 
 @torch.no_grad()
 def read(model, idx, *hooks):
-    """Feeds idx (B, T) for the sake of the hooks, lists of handles that are removed afterwards. Next to no logits are computed."""
+    """Runs the model on idx (B, T) for what the hooks see, lists of handles, and removes them. Logits are those of one position."""
     try:
         model(idx, at=torch.zeros_like(idx[:, :1]))
     finally:
@@ -86,11 +86,9 @@ def on_residual(model, visit):
     return [before, *(block.register_forward_hook(lambda module, args, x: visit(x)) for block in blocks)]
 
 
-def on_final(model, visit, normed=False):
-    """Calls visit(x) with the final hidden state (B, T, C): before ln_f, or after."""
-    def hook(module, args, x):
-        visit(x if normed else args[0])
-    return [model.transformer.ln_f.register_forward_hook(hook)]
+def on_final(model, visit):
+    """Calls visit(x) with the final hidden state (B, T, C), before ln_f."""
+    return [model.transformer.ln_f.register_forward_pre_hook(lambda module, args: visit(args[0]))]
 
 
 def zeroing(model, mask):
@@ -114,6 +112,12 @@ def attention_rows(attn, x, rope):
         logits = q[:, :, start:stop] @ k[:, :, :stop].transpose(-1, -2) / math.sqrt(q.size(-1))
         later = torch.ones(stop - start, stop, dtype=torch.bool, device=x.device).triu(start + 1)
         yield slice(start, stop), logits.masked_fill(later, -math.inf)
+
+
+def batches_of(sequences, length):
+    """Sequences of one length, TOKENS tokens at a time, or one by one where each has more."""
+    n = max(TOKENS // length, 1)
+    return [sequences[i:i + n] for i in range(0, len(sequences), n)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -258,13 +262,13 @@ def sharpening(subject):
     means = {key: torch.cat(values).numpy() for key, values in means.items()}                   # (blocks, L, nh)
     n_blocks, n = len(means["meta", "boost"]), int(counts["meta", "boost"].sum())
 
-    figures = {"blocks": n_blocks, "values": n, "a_value_is": "of a text query, a layer and a head", "interval_is": "over blocks"}
+    findings = {"blocks": n_blocks, "values": n, "a_value_is": "of a text query, a layer and a head", "interval_is": "over blocks"}
     for kind, title in kinds.items():
-        figures[title] = {name: estimate(means[kind, name].mean((1, 2))) | {"per_layer_and_head": estimate(means[kind, name])}
+        findings[title] = {name: estimate(means[kind, name].mean((1, 2))) | {"per_layer_and_head": estimate(means[kind, name])}
                           for name in (*titles, "share")}
         for name in titles:
-            figures[title][name]["median"] = float(np.interp(0.5, np.cumsum(counts[kind, name]) / n, BINS[1:]))
-    figures["slope"] = {name: {"rows": len(pair), "falls": int((pair[:, 0] < 0).sum()), "rises": int((pair[:, 0] > 0).sum()),
+            findings[title][name]["median"] = float(np.interp(0.5, np.cumsum(counts[kind, name]) / n, BINS[1:]))
+    findings["slope"] = {name: {"rows": len(pair), "falls": int((pair[:, 0] < 0).sum()), "rises": int((pair[:, 0] > 0).sum()),
                                "largest_difference": float(np.abs(pair[:, 0] - pair[:, 1]).max())}
                         for name, pair in zip(("one meta key", "all meta keys"), slopes)}
 
@@ -288,8 +292,8 @@ def sharpening(subject):
             ticks(range(size), labels=range(1, size + 1))
     figure.suptitle(f"Causal attention of text queries, with some input embeddings and without; {n_blocks} validation blocks, {n:,} values")
     said = {key: text_of(values.mean((1, 2))) for key, values in means.items()}
-    slope = figures["slope"]["one meta key"]
-    return figures, figure, (
+    slope = findings["slope"]["one meta key"]
+    return findings, figure, (
         f"logit boost {said['meta', 'boost']} (control {said['text', 'boost']}), entropy drop {said['meta', 'drop']} "
         f"(control {said['text', 'drop']}) nats; {n_blocks} blocks",
         f"a_j > exp(-H) in {100 * means['meta', 'share'].mean():.1f}% of (query, meta key) pairs; slope of H right to "
@@ -337,7 +341,7 @@ def residual(subject):
     curves = {kind: torch.cat(values).numpy() for kind, values in curves.items()}               # (blocks, L + 1, bins)
     n_blocks, layers = len(curves["meta"]), model.config.n_layer + 1
 
-    figures = {"blocks": n_blocks, "meta_tokens": n, "interval_is": "over blocks", "layers": "0: the embedding, i: after block i",
+    findings = {"blocks": n_blocks, "meta_tokens": n, "interval_is": "over blocks", "layers": "0: the embedding, i: after block i",
                "distances": [[a, b - 1] for a, b in zip(edges, edges[1:])],
                "curves": {kinds[kind]: estimate(values) for kind, values in curves.items()},
                "example": {"tokens": tokens, "meta_token": listed(example["meta"]), "text_token_before_it": listed(example["text"])}}
@@ -361,7 +365,7 @@ def residual(subject):
     figure.suptitle(f"Residual stream: {n:,} meta-tokens of {n_blocks} validation blocks; 95% intervals over blocks")
     far = np.searchsorted(edges, edges[-1] // 4)
     said = {kind: f"{text_of(curves[kind][:, -1, 0])} and {text_of(curves[kind][:, -1, far])}" for kind in kinds}
-    return figures, figure, (
+    return findings, figure, (
         f"after the last block, cosine similarity of a meta-token with the text {edges[0]} and {edges[far]} tokens back: {said['meta']},",
         f"of the text token before it: {said['text']}; {n:,} meta-tokens of {n_blocks} blocks")
 
@@ -406,10 +410,10 @@ def attention(subject):
     queries = {kind: rows for kind, rows in (("text", behind & ~is_meta), ("meta", behind & is_meta)) if rows.any()}
     by_layer, share = causal.mean(1), {kind: on_meta[:, :, rows].mean(-1) for kind, rows in queries.items()}  # (L, T, T), (L, nh)
 
-    def strongest(weights, n=5):
-        return [[int(i), names[i], round(float(weights[i]), 4)] for i in np.argsort(-weights)[:n]]
+    def strongest(weights):
+        return [[int(i), names[i], round(float(weights[i]), 4)] for i in np.argsort(-weights)[:5]]
 
-    figures = {
+    findings = {
         "tokens": names, "attention_on_meta_tokens": {f"of {kind} queries": {
             "queries": int(rows.sum()), "per_layer_and_head": listed(share[kind]), "if_uniform": float(uniform[rows].mean())}
             for kind, rows in queries.items()},
@@ -440,7 +444,7 @@ def attention(subject):
     figure.suptitle(f"One prompt of {T} tokens, {len(places)} of them meta-tokens")
     said = [f"{kind} queries give meta-tokens {100 * share[kind].mean():.1f}% of their attention ({100 * uniform[rows].mean():.1f}% if "
             f"uniform, {100 * share[kind].max():.1f}% in one head)" for kind, rows in queries.items()]
-    return figures, figure, ("; ".join(said), f"one prompt of {T} tokens, {len(places)} of them meta-tokens")
+    return findings, figure, ("; ".join(said), f"one prompt of {T} tokens, {len(places)} of them meta-tokens")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -485,7 +489,7 @@ def held_out(model, x, y, draws=8):
     return total / len(x) / draws
 
 
-def rate_distortion_curve(x, y, betas, seeds, steps, batch_size=128, lr=2e-2, desc=None):
+def rate_distortion_curve(x, y, betas, seeds, steps, lr=2e-2, desc=None):
     """Trains a bottleneck for every beta and seed, all together; each keeps its best state on the validation examples.
 
     x and y are dictionaries of "train", "validation", "test": features (n, C) and classes (n,). Returns (distortion, rate) on
@@ -493,14 +497,15 @@ def rate_distortion_curve(x, y, betas, seeds, steps, batch_size=128, lr=2e-2, de
     """
     mean, std = x["train"].mean(0), x["train"].std(0).clamp(min=1e-6)
     x = {split: (v - mean) / std for split, v in x.items()}
-    H, classes = len(betas) * seeds, 1 + max(int(v.max()) for v in y.values())
+    H, found = len(betas) * seeds, torch.cat([*y.values()]).unique()
+    y = {split: torch.searchsorted(found, v) for split, v in y.items()}  # classes without gaps
     beta = torch.tensor(betas, dtype=torch.float32, device=mean.device).repeat_interleave(seeds)  # (H,)
-    model = Bottlenecks(H, x["train"].size(1), classes).to(mean.device)
+    model = Bottlenecks(H, x["train"].size(1), len(found)).to(mean.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     best, best_state = torch.full((H,), math.inf, device=mean.device), None
     for step in tqdm(range(1, steps + 1), desc=desc, leave=False, disable=desc is None):
-        rows = torch.randint(len(x["train"]), (H, batch_size), device=mean.device)
+        rows = torch.randint(len(x["train"]), (H, 128), device=mean.device)
         distortion, rate = model(x["train"][rows], y["train"][rows])
         optimizer.zero_grad()
         (distortion + beta * rate).sum().backward()  # of H bottlenecks that share nothing
@@ -528,14 +533,11 @@ class Reader:
     """A model, and the examples of List Recall that it reads: those that eval_synthetic.py tuned it on, or the config's."""
 
     def __init__(self, config, model, checkpoint, label):
-        run = (checkpoint or {}).get("run")
-        self.model, self.label, self.sha256, self.tuned = model, label, train.sha256_of_weights(model), run is not None
-        self.stream = eval_synthetic.Stream("list_recall", "task", model.config.meta_id, config.tokenizer, config.seed)
-        self.length = min(config.train_length, model.config.block_size)
-        self.space = prepare.get_tokenizer(config.tokenizer).encode_ordinary(" ")[0]
-        if run:
-            self.stream = replace(eval_synthetic.Stream(**run["stream"]), seed=config.seed)  # the same text for all
-            self.length = run["train_length"]
+        run = checkpoint.get("run")
+        stream = run["stream"] if run else {
+            "task": "list_recall", "placement": "task", "mark": model.config.meta_id, "tokenizer": config.tokenizer}
+        self.model, self.label, self.length = model, label, run and run["train_length"]  # None: not tuned
+        self.stream = eval_synthetic.Stream(**stream | {"seed": config.seed})            # the same text for all
         if (self.stream.task, self.stream.tokenizer) != ("list_recall", config.tokenizer):
             raise config.error(f"rate_distortion is about List Recall in tokens of {config.tokenizer}, but {label} was tuned on "
                                f"{self.stream.task} in tokens of {self.stream.tokenizer}")
@@ -551,20 +553,20 @@ class Reader:
             raise config.error(f"compare={config.compare}: {e}") from None
 
     def features(self, split, length, n, device, pool):
-        """Final hidden states of n examples, each (n, C); "first" (n,), the first token of the answer but for a space of its own,
-        and "y" (n,), which of all words is the answer.
+        """Final hidden states of n examples, each (n, C); "first" (n,), the first token of the answer, of bytes that behind the
+        space; and "y" (n,), which of all words is the answer.
 
         "answer": at the position that predicts "first": of words, the last of the prompt, of bytes, the space behind it. Where
         lists have marks also three that have read the same text, up to the mark behind the queried list: "meta", at that mark;
         "text", at the text token right before it, equally many text tokens away from the answer; "mean", over all that text.
         """
         features, examples = {}, eval_synthetic.draw_split(pool, self.stream, split, length, n)
-        size, mark = max(TOKENS // length, 1), self.stream.mark
-        for i in tqdm(range(0, n, size), desc=f"{self.label}: {split} examples", leave=False):
-            x, states = eval_synthetic.collate(examples[i:i + size], length)[0].to(device), []
+        mark = self.stream.mark
+        for batch in tqdm(batches_of(examples, length), desc=f"{self.label}: {split} examples", leave=False):
+            x, states = eval_synthetic.collate(batch, length)[0].to(device), []
             read(self.model, x, on_final(self.model, states.append))
-            for e, row, h in zip(examples[i:i + size], x, states[0]):
-                first = len(e.tokens) - (e.n_answer - 1 if e.tokens[-e.n_answer] == self.space else e.n_answer)
+            for e, row, h in zip(batch, x, states[0]):
+                first = len(e.tokens) - e.n_answer + (self.stream.tokenizer == "bytes")  # behind a space of its own
                 own = {"answer": h[first - 1], "first": torch.tensor(e.tokens[first])}
                 if mark is not None and self.stream.placement in ("task", "all"):
                     names = re.findall(r"^List (\w+):", e.prompt, re.MULTILINE)
@@ -585,7 +587,7 @@ def next_token_features(model, blocks, numbers, n, device):
     """
     features, found = {"meta": [], "text": [], "y": []}, 0
     numbers = np.random.default_rng(0).permutation(numbers)  # of all documents alike
-    for own in np.array_split(numbers, -(-len(numbers) * blocks.block_size // TOKENS)):
+    for own in batches_of(numbers, blocks.block_size):
         x, y = (t.to(device) for t in blocks.batch(own))
         states, is_meta = [], x == blocks.meta_id
         read(model, x, on_final(model, states.append))
@@ -599,36 +601,42 @@ def next_token_features(model, blocks, numbers, n, device):
 
 
 def recall_lines(subject, sizes):
-    """(length, lines at the answer, lines within the model): each line is (label, features by split, name of the feature)."""
+    """(length, lines at the answer, lines within the model): each line is (label, features by split, name of x, name of y)."""
     config = subject.config
     readers = [Reader(config, subject.model, subject.checkpoint, subject.label)]
     readers += [Reader.of_file(config, path) for path in config.compare.split(",") if path]
-    lengths, labels = {reader.length for reader in readers if reader.tuned} or {readers[0].length}, [reader.label for reader in readers]
-    length, shortest = max(lengths), eval_synthetic.smallest("list_recall", subject.encoding)
-    if len(set(labels)) < len(labels):
-        raise config.error(f"compare={config.compare}: two models of one name among {', '.join(labels)}: rename a file, or "
+    lengths = {reader.length for reader in readers} - {None} or {min(config.train_length, subject.model.config.block_size)}
+    length, shortest = max(lengths), eval_synthetic.min_length("list_recall", subject.encoding)
+    models = [reader.label for reader in readers]
+    if len(set(models)) < len(models):
+        raise config.error(f"compare={config.compare}: two models of one name among {', '.join(models)}: rename a file, or "
                            "tune with another --label=")
     if len(lengths) > 1:
         raise config.error(f"compare={config.compare}: tuned at different lengths, {', '.join(map(str, sorted(lengths)))} tokens")
+    for c in (reader.model.config for reader in readers):
+        if c.pos == "absolute" and c.block_size < length:
+            raise config.error(f"compare={config.compare}: tuned on {length} tokens, but learned positions end at {c.block_size}")
     if length < shortest:
         raise config.error(f"train_length={config.train_length}, block_size={config.block_size}: List Recall needs {shortest} tokens")
     lines, names = [], {"meta": "the mark behind the queried list", "text": "the text token before that",
                         "mean": "mean over the text up to there"}
-    with ProcessPoolExecutor(min(config.workers or prepare.cores(), 4), initializer=prepare.start_worker, initargs=("bytes", 0.0)) as pool:
+    with ProcessPoolExecutor(config.workers or min(prepare.cores(), 4), initializer=prepare.start_worker) as pool:
         for reader in readers:
             reader.model.to(subject.device)
-            key = {"stream": asdict(reader.stream), "weights": reader.sha256, "model": asdict(reader.model.config), "length": length}
+            key = {"stream": asdict(reader.stream), "weights": train.sha256_of_weights(reader.model),
+                   "model": asdict(reader.model.config), "length": length}
             lines.append((reader.label, {split: cached(subject.folder, key | {"split": split, "n": n}, partial(
-                reader.features, split, length, n, subject.device, pool)) for split, n in sizes.items()}, "answer"))
-    own, lines = lines[0][1], [(label, {split: f | {"y": f["first"]} for split, f in features.items()}, name)
-                               for label, features, name in lines]
-    return length, lines, [(label, own, name) for name, label in names.items() if name in own["train"]]
+                reader.features, split, length, n, subject.device, pool)) for split, n in sizes.items()}, "answer", "first"))
+    own = lines[0][1]  # of the model that is looked into
+    return length, lines, [(label, own, name, "y") for name, label in names.items() if name in own["train"]]
 
 
 def next_token_lines(subject, sizes):
     """Such lines for plain text: the validation blocks are cut into three, and the most frequent next tokens told apart."""
     blocks, device, features = subject.blocks, subject.device, {}
     cuts = (len(blocks) * np.cumsum([*sizes.values()]) // sum(sizes.values())).tolist()
+    if min(np.diff([0, *cuts])) == 0:
+        raise subject.config.error(f"{len(blocks)} validation blocks cannot be cut into three parts: prepare more by --val_fraction=")
     for (split, n), start, stop in zip(sizes.items(), [0, *cuts], cuts):
         key = {"weights": subject.sha256, "model": asdict(subject.model.config), "data": subject.data, "blocks": [start, stop], "n": n}
         compute = partial(next_token_features, subject.model, blocks, np.arange(start, stop), n, device)
@@ -637,7 +645,7 @@ def next_token_lines(subject, sizes):
     classes = torch.full((blocks.meta_id,), len(frequent))
     classes[frequent] = torch.arange(len(frequent))
     features = {split: f | {"y": classes[f["y"]]} for split, f in features.items()}
-    return [("the meta-token", features, "meta"), ("the text token before it", features, "text")]
+    return [("the meta-token", features, "meta", "y"), ("the text token before it", features, "text", "y")]
 
 
 def rate_distortion(subject):
@@ -648,16 +656,16 @@ def rate_distortion(subject):
     panels[f"List Recall: the answer's first token, where it is predicted\n(prompts of up to {length} tokens)"] = at_answer
     if within:
         panels[f"List Recall: the answer, from far before it\n(within {subject.label})"] = within
-    if subject.model.config.meta_id is not None and "run" not in (subject.checkpoint or {}):  # tuned, it has forgotten plain text
+    if subject.knows_plain_text:
         panels[f"Plain text: the next text token\n(within {subject.label})"] = next_token_lines(subject, sizes)
-    figures = {"theorem": THEOREM, "betas": listed(BETAS), "seeds": config.bottleneck_seeds, "panels": [],
+    findings = {"theorem": THEOREM, "betas": listed(BETAS), "seeds": config.bottleneck_seeds, "panels": [],
                "seeds_are": "of initial weights, noise and order: their range leaves out the choice of examples"}
     figure, axes = new_figure([list(panels)], 6.5 * len(panels), 5.5)
     torch.manual_seed(config.seed)
     for title, lines in panels.items():
         ax, curves = axes[title], {}
-        for i, (label, features, name) in enumerate(lines):
-            x, y = ({split: f[part].to(subject.device) for split, f in features.items()} for part in (name, "y"))
+        for i, (label, features, *names) in enumerate(lines):
+            x, y = ({split: f[name].to(subject.device) for split, f in features.items()} for name in names)
             D, R = rate_distortion_curve(x, y, BETAS, config.bottleneck_seeds, config.bottleneck_steps, desc=label)  # (betas, seeds)
             curves[label] = R, D
             ax.plot(R.mean(1), D.mean(1), marker="o", markersize=3, color=f"C{i}", label=label)
@@ -665,7 +673,7 @@ def rate_distortion(subject):
         entropy_of_y = float(torch.distributions.Categorical(torch.bincount(y["test"]).double()).entropy())
         at = float(min(entropy_of_y, *(R.mean(1).max() for R, _ in curves.values())))           # a rate that every curve reaches
         there = {label: float(np.interp(at, R.mean(1)[::-1], D.mean(1)[::-1])) for label, (R, D) in curves.items()}
-        figures["panels"].append({
+        findings["panels"].append({
             "title": " ".join(title.split()), "examples": {split: len(v) for split, v in y.items()}, "H(Y)": entropy_of_y,
             "rate": at, "distortion_at_rate": there, "curves": {label: {"rate": listed(R), "distortion": listed(D)}
                                                                for label, (R, D) in curves.items()}})
@@ -677,7 +685,7 @@ def rate_distortion(subject):
         ax.legend(title=f"{len(y['test']):,} held-out examples; band: range of {config.bottleneck_seeds} seeds", fontsize="small",
                   loc="best")
         ax.grid(alpha=0.3)
-    return figures, figure, ("held-out distortion (nats). " + "; ".join(said),
+    return findings, figure, ("held-out distortion (nats). " + "; ".join(said),
                              "trained bottlenecks, whose rates are upper bounds: they illustrate theorem 5.1, and cannot verify it")
 
 
@@ -688,8 +696,8 @@ def rate_distortion(subject):
 def text_losses(model, idx, targets):
     """Cross-entropy of every text target, in nats: (B, T), NaN where the target is a meta-token."""
     states, rows = [], max(SCORES // model.config.vocab_size, 1)
-    read(model, idx, on_final(model, states.append, normed=True))
-    parts = zip(states[0].flatten(0, 1).split(rows), targets.flatten().split(rows))
+    read(model, idx, on_final(model, states.append))
+    parts = zip(model.transformer.ln_f(states[0]).flatten(0, 1).split(rows), targets.flatten().split(rows))
     losses = torch.cat([F.cross_entropy(model.lm_head(x), y, reduction="none") for x, y in parts]).view(targets.shape)
     return losses if model.config.meta_id is None else losses.masked_fill(targets == model.config.meta_id, math.nan)
 
@@ -700,10 +708,10 @@ def runs_over_length(c, lengths):
     runs = {}
     for no_pos in (False, True) if c.meta_id is not None and c.pos != "none" else (False,):
         for yarn in (False, True) if c.pos == "rope" else (False,):
-            name = ("YaRN" if yarn else "as trained") + ", no_pos" * no_pos
-            runs[name] = {length: ({"zero_meta_pos": True} if no_pos else {}) | ({} if c.pos == "absolute" else {"block_size": length})
-                          | ({"yarn_scale": length / c.original_block_size} if yarn else {}) for length in lengths
-                          if (length > c.block_size or not yarn) and (length <= c.block_size or c.pos != "absolute")}
+            possible = [n for n in lengths if (n > c.block_size if yarn else n <= c.block_size or c.pos != "absolute")]
+            runs[("YaRN" if yarn else "as trained") + ", no_pos" * no_pos] = {
+                n: {"zero_meta_pos": no_pos or c.zero_meta_pos, "yarn_scale": n / c.original_block_size if yarn else c.yarn_scale}
+                for n in possible}
     return runs
 
 
@@ -722,7 +730,7 @@ def perplexity(subject):
     for name, run in runs.items():
         for length, changes in run.items():
             changed, losses = model.reconfigured(**changes).to(subject.device).eval(), []
-            for own in tqdm(np.array_split(firsts, -(-n * length // TOKENS)), desc=f"{name}, {length} tokens", leave=False):
+            for own in tqdm(batches_of(firsts, length), desc=f"{name}, {length} tokens", leave=False):
                 pairs = [blocks.batch(range(first, first + per_sequence)) for first in own]
                 x, y = (torch.stack([pair[i].flatten()[longest - length:longest] for pair in pairs]) for i in (0, 1))
                 losses.append(text_losses(changed, x.to(subject.device), y.to(subject.device)).cpu().numpy())
@@ -732,7 +740,7 @@ def perplexity(subject):
     base = by_context["as trained"][window]
 
     ends = f"learned positions end at {window}" if model.config.pos == "absolute" else None
-    figures = {"sequences": n, "window": window, "interval_is": "over sequences of consecutive validation blocks, meta-tokens in place",
+    findings = {"sequences": n, "window": window, "interval_is": "over sequences of consecutive validation blocks, meta-tokens in place",
                "by_context_is": f"the text among the last {tail} tokens of a sequence, the same whatever the context", "impossible": ends,
                "position_edges": edges.tolist(),
                "by_position": {name: estimate(values) for name, values in by_position.items()},
@@ -758,7 +766,7 @@ def perplexity(subject):
         ax.legend(fontsize="small")
     figure.suptitle(f"Validation text of {config.dataset}: {n} sequences, 95% intervals over them" + (f"; {ends}" if ends else ""))
     said = [f"{name} {text_of(by_context[name][longest] - base)}" for name in runs if longest in by_context[name]]
-    return figures, figure, (
+    return findings, figure, (
         f"loss of the same last {tail} tokens after {lengths[0]} and {window} tokens: {text_of(by_context['as trained'][lengths[0]])} and "
         f"{text_of(base)} nats per text token; {n} sequences",
         f"after {longest} tokens, minus after {window}: {', '.join(said)}" if said else f"no more than one window: {ends}")
@@ -769,10 +777,9 @@ def perplexity(subject):
 
 def new_figure(mosaic, width, height):
     """(figure, {name: axes}) for rows of names, in inches."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    return plt.subplot_mosaic(mosaic, figsize=(width, height), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplot_mosaic(mosaic)
 
 
 def heat_map(ax, values, label, limits=None, cmap="RdBu_r"):
@@ -806,6 +813,8 @@ def labels(encoding, tokens):
 
 PARTS = {part.__name__: part for part in (sharpening, residual, attention, rate_distortion, perplexity)}
 NEED_META = {"sharpening", "residual", "attention"}
+NEED_TEXT = {"sharpening", "residual", "perplexity"}
+DATA = ("dataset", "source", "text_field", "val_fraction", "max_tokens")
 
 
 class Subject:
@@ -821,8 +830,9 @@ class Subject:
         if self.model.config.meta_id is None and (lacking := [name for name in names if name in NEED_META]):
             raise config.error(f"what={config.what}: {', '.join(lacking)}: the checkpoint has no meta-tokens; it allows "
                                "--what=rate_distortion,perplexity")
-        adopt_data(config, self.checkpoint)
-        if set(names) != {"attention"}:
+        train.adopt_settings(config, self.checkpoint, ("meta_rate", "meta_placement", *(() if config.given("dataset") else DATA)))
+        self.knows_plain_text = self.model.config.meta_id is not None and "run" not in self.checkpoint  # tuned, it has forgotten it
+        if NEED_TEXT & {*names} or ("rate_distortion" in names and self.knows_plain_text):
             self.open_data()
         self.model.to(self.device).eval()
 
@@ -843,16 +853,8 @@ class Subject:
     def batches(self, desc):
         """analysis_blocks of the validation blocks, spread evenly over them all: (B, T) each."""
         numbers = np.unique(np.linspace(0, len(self.blocks) - 1, self.config.analysis_blocks).astype(int))
-        for own in tqdm(np.array_split(numbers, -(-len(numbers) * self.blocks.block_size // TOKENS)), desc=desc, leave=False):
+        for own in tqdm(batches_of(numbers, self.blocks.block_size), desc=desc, leave=False):
             yield self.blocks.batch(own)[0].to(self.device)
-
-
-def adopt_data(config, checkpoint):
-    """Takes the data set, and how its meta-tokens were placed, from the checkpoint where the user names none."""
-    names = ("dataset", "source", "text_field", "val_fraction", "max_tokens")
-    for name in ("meta_rate", "meta_placement", *(() if config.given("dataset") else names)):
-        if checkpoint and not config.given(name):
-            setattr(config, name, checkpoint["settings"].get(name, getattr(config, name)))
 
 
 def folder_of(config, path):
@@ -865,15 +867,15 @@ def folder_of(config, path):
 
 def label_of(checkpoint, path):
     """The --label= that the model was tuned with, else the name of its file."""
-    return (checkpoint or {"settings": {}})["settings"].get("label") or train.stem(path)
+    return checkpoint["settings"].get("label") or train.stem(path)
 
 
-def write(subject, name, argv, figures, figure, summary):
+def write(subject, name, argv, findings, figure, summary):
     """<what>.json and <what>.png: each all of it, or nothing."""
     path = os.path.join(subject.folder, name)
     prepare.write_json(f"{path}.json", {
-        "what": name, "summary": summary, "figures": figures, "command": shlex.join(["python", "analyze.py", *argv]),
-        "checkpoint": {"path": subject.path, "step": (subject.checkpoint or {}).get("step"), "sha256_of_weights": subject.sha256},
+        "what": name, "summary": summary, "figures": findings, "command": shlex.join(["python", "analyze.py", *argv]),
+        "checkpoint": {"path": subject.path, "step": subject.checkpoint["step"], "sha256_of_weights": subject.sha256},
         "model": asdict(subject.model.config), "data": subject.data, "commit": eval_synthetic.commit(), "device": str(subject.device),
         "torch": torch.__version__, "config": asdict(subject.config)})
     figure.savefig(f"{path}.png.tmp", format="png", dpi=100)
@@ -895,6 +897,8 @@ def main(argv=None):
         raise SystemExit("interrupted; the parts that are written stay") from None
     except BrokenExecutor:
         raise SystemExit("error: a worker was killed, for want of memory perhaps") from None
+    except torch.OutOfMemoryError:
+        raise SystemExit("error: the device has too little memory: try --device=cpu, or fewer --what=") from None
     except OSError as e:
         raise SystemExit(f"error: {e.filename or config.out_dir}: {e.strerror}") from None
 

@@ -62,7 +62,7 @@ NAMES = [word for i, word in enumerate(WORDS) if i % 3]      # what they are cal
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The tasks. A prompt is a number of units (lists, bit strings, texts) and a question about one of them. Each function
-# returns a unit, the question about it, the answer, and all the answers that the unit offers to who would guess.
+# returns a unit, the question about it, the answer, and all answers that a guess within the unit could give.
 
 def mixed(rng, n, word, count):
     """n items in random order: `word` count times, and others once each."""
@@ -100,6 +100,16 @@ def copying(name, word, rng):
 TASKS = {function.__name__: function for function in (list_recall, segment_counting, parity, copying)}
 
 
+@dataclass(frozen=True)
+class Stream:
+    """What examples depend on, apart from split, length and number."""
+    task: str
+    placement: str      # marks at what is asked for ('task', as in the paper), at all units alike, as many at 'random', or 'none'
+    mark: int | None    # its id; None: no marks
+    tokenizer: str
+    seed: int           # of training examples; validation and test are the same for all
+
+
 @dataclass
 class Example:
     tokens: np.ndarray  # ids of prompt and answer, marks in place
@@ -107,6 +117,9 @@ class Example:
     prompt: str         # the prompt without its marks
     answer: str
     chance: float       # probability that a guess among all answers that the prompt offers is right
+
+
+get_encoding = cache(prepare.get_tokenizer)
 
 
 @cache
@@ -119,32 +132,30 @@ def encode(text, encoding):
     return [token for piece in re.findall(r" ?\w+| ?[^\w\s]|\s", text) for token in encode_piece(piece, encoding)]
 
 
-def size(text, encoding):
+def n_tokens(text, encoding):
     """Tokens of a template with a mark wherever one may stand."""
     return len(encode(text.replace(MARK, ""), encoding)) + text.count(MARK)
 
 
 @cache
-def smallest(task, encoding):
-    """Tokens of the longest prompt of one unit, and its answer: the length from which on all such examples fit."""
+def min_length(task, encoding):
+    """The length from which on every example fits: tokens of the longest of 500 prompts of one unit, with its answer."""
     rng = np.random.default_rng(0)
-    return max(sum(size(text, encoding) for text in TASKS[task](NAMES[0], ITEMS[0], rng)[:3]) for _ in range(500))
+    return max(sum(n_tokens(text, encoding) for text in TASKS[task](NAMES[0], ITEMS[0], rng)[:3]) for _ in range(500))
 
 
 def filler(n, rng, encoding):
     """A line of n tokens that says nothing."""
-    words, rest = divmod(max(n - 1, 0), size(" cat", encoding))
+    words, rest = divmod(max(n - 1, 0), n_tokens(" cat", encoding))
     return "".join(f" {word}" for word in rng.choice(ITEMS, words)) + "\n" * (rest + min(n, 1))
 
 
-def make_example(task, shortest, longest, placement, mark, rng, encoding):
+def make_example(stream, shortest, longest, rng):
     """An Example of a length uniform in shortest..longest tokens, as drawn from rng (a numpy Generator).
 
-    mark is the id of the mark, or None for none. placement: 'task' marks what is asked for, as in the paper; 'all' marks
-    every list, bit string or span alike; 'random' puts as many marks as 'task' anywhere; 'none' none. Neither changes the
-    text: its length counts the marks of 'all', the most. What grows with the length is the number of units and, behind the
-    last of the 138 names (at 2,000 tokens of GPT-2's BPE), a line of filler; which unit is asked for, and what it holds, does
-    not depend on it. E.g. with '#' for a mark:
+    The text is the same whatever the mark and its placement: its length counts the marks of 'all', the most. A longer text
+    has more units, up to one for each of the 138 names (2,000 tokens of GPT-2's BPE); a line of filler takes the room that is
+    left. Which unit is asked for, and what it holds, does not depend on the length. E.g. with '#' for a mark:
 
         List fox: pad, rod, car, run.
         List pet: vet, bug.
@@ -152,15 +163,16 @@ def make_example(task, shortest, longest, placement, mark, rng, encoding):
          mad due old car fin kin
         Question: item 3 of list rim? Answer:# elf
     """
+    task, encoding = stream.task, get_encoding(stream.tokenizer)
     name, *names = rng.permutation(NAMES).tolist()
     word = str(rng.choice(ITEMS))
-    room = int(rng.integers(max(shortest, smallest(task, encoding)), longest + 1))
+    room = int(rng.integers(max(shortest, min_length(task, encoding)), longest + 1))
     unit, question, answer, offers = TASKS[task](name, word, rng)
-    room -= sum(size(text, encoding) for text in (unit, question, answer))
+    room -= sum(n_tokens(text, encoding) for text in (unit, question, answer))
     others, offered = [], set(offers)
     for name in names:
         other, _, _, offers = TASKS[task](name, word, rng)
-        needed = size(other, encoding)
+        needed = n_tokens(other, encoding)
         if needed > room:
             break
         room -= needed
@@ -179,10 +191,10 @@ def make_example(task, shortest, longest, placement, mark, rng, encoding):
             if i > 0 and is_asked_for:
                 own.append(len(tokens))
             tokens += encode(piece, encoding)
-    anywhere = np.sort(rng.permutation(len(tokens))[:len(own)] + 1)
+    anywhere = rng.permutation(len(tokens))[:len(own)] + 1
     tokens = np.array(tokens)
-    if mark is not None:
-        tokens = np.insert(tokens, {"task": own, "all": places, "random": anywhere, "none": []}[placement], mark)
+    if stream.mark is not None:
+        tokens = np.insert(tokens, {"task": own, "all": places, "random": anywhere, "none": []}[stream.placement], stream.mark)
     answer_tokens = encode(answer, encoding)
     prompt = "".join(text for text, _ in texts).replace(MARK, "")
     return Example(np.append(tokens, answer_tokens), len(answer_tokens), prompt, answer, 1 / len(offered))
@@ -190,19 +202,6 @@ def make_example(task, shortest, longest, placement, mark, rng, encoding):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Streams of examples
-
-@dataclass(frozen=True)
-class Stream:
-    """What examples depend on, apart from split, length and number."""
-    task: str
-    placement: str
-    mark: int | None
-    tokenizer: str
-    seed: int
-
-
-get_encoding = cache(prepare.get_tokenizer)
-
 
 def split_of(prompt):
     """Half of all prompts are for training, a quarter each for validation and test: by their text, so that none is in two."""
@@ -215,8 +214,7 @@ def draw(stream, split, length, number, exactly=None):
     shortest, longest = (exactly, exactly) if exactly else (length // 2 + 1, length)
     seed = [stream.seed if split == "train" else TEST_SEED, SPLITS.index(split), length, number]
     for attempt in itertools.count():
-        example = make_example(stream.task, shortest, longest, stream.placement, stream.mark,
-                               np.random.default_rng([*seed, attempt]), get_encoding(stream.tokenizer))
+        example = make_example(stream, shortest, longest, np.random.default_rng([*seed, attempt]))
         if split_of(example.prompt) == split:
             return example
 
@@ -245,8 +243,8 @@ def collate(examples, longest, bucket=64):
     return x, at, y
 
 
-def count_meta(model, x):
-    """An upper bound on the meta-tokens of a row: 0, 16, 32, 64, ..., as every value would be compiled."""
+def meta_bound(model, x):
+    """An upper bound on the meta-tokens of a row: 0, 16, 32, 64, ...; few values, as the model is compiled anew for each."""
     n_meta = 0 if model.config.meta_id is None else int((x == model.config.meta_id).sum(1).max())
     return n_meta and min(max(16, 1 << (n_meta - 1).bit_length()), x.size(1))
 
@@ -258,15 +256,15 @@ def open_model(config):
     """(model, id of the mark, identity of the checkpoint), on the CPU. Raises SystemExit where they do not fit together."""
     torch.manual_seed(config.seed)  # of the meta-attention that may be added
     model, checkpoint = train.load_saved(config)
-    identity = {"path": os.path.normpath(train.path_of(config)), "step": checkpoint and checkpoint["step"],
-                "seed": checkpoint and checkpoint["settings"]["seed"], "sha256_of_weights": train.sha256_of_weights(model)}
+    identity = {"path": os.path.normpath(train.path_of(config)), "step": checkpoint["step"],
+                "seed": checkpoint["settings"].get("seed"), "sha256_of_weights": train.sha256_of_weights(model)}
     encoding, kind = get_encoding(config.tokenizer), config.marker if config.placement != "none" else "none"
     if config.add_meta:
         if model.config.meta_id is not None:
             raise config.error(f"add_meta={config.add_meta}, but the checkpoint has meta-tokens")
         model = model.with_meta_tokens(encoding.n_vocab, config.meta_attention)
-    for name in ("marker", "zero_meta_pos", "zero_meta_embd"):
-        if model.config.meta_id is None and (kind == "meta" if name == "marker" else getattr(config, name)):
+    for name, asked in (("marker", kind == "meta"), ("zero_meta_pos", config.zero_meta_pos), ("zero_meta_embd", config.zero_meta_embd)):
+        if asked and model.config.meta_id is None:
             raise config.error(f"{name}={getattr(config, name)}, but the checkpoint has no meta-tokens: give it some by --add_meta, or "
                                "choose another")
     if kind == "fresh":
@@ -331,7 +329,7 @@ def measure(model, examples, longest, machine):
     batch_size = max(EVAL_TOKENS // longest, 1)
     for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
         x, at, y = collate([examples[i] for i in batch], longest)
-        n_meta = count_meta(model, x)
+        n_meta = meta_bound(model, x)
         x, at, y = (t.to(machine.device) for t in (x, at, y))
         with machine.autocast():
             logits = model(x, n_meta=n_meta, at=at)[0][..., :model.config.text_vocab_size].float()
@@ -347,17 +345,13 @@ def measure(model, examples, longest, machine):
 def measure_generation(model, examples, machine):
     """Exact match, bool (n,), of what greedy generation with the KV cache begins with."""
     model.eval()
-    correct, before = np.zeros(len(examples), dtype=bool), model.config
-
-    def length_of_prompt(i):
-        return len(examples[i].tokens) - examples[i].n_answer
-
-    for n_prompt, group in itertools.groupby(sorted(range(len(examples)), key=length_of_prompt), length_of_prompt):
-        group = list(group)  # prompts of one length, so that none needs padding
+    correct, before, by_length = np.zeros(len(examples), dtype=bool), model.config, {}
+    for i, e in enumerate(examples):
+        by_length.setdefault(len(e.tokens) - e.n_answer, []).append(i)  # prompts of one length need no padding
+    model.config = replace(before, block_size=max(before.block_size, *(len(e.tokens) for e in examples)))  # the positions as they were
+    for n_prompt, group in by_length.items():
         longest = max(examples[i].n_answer for i in group)
         prompts = torch.from_numpy(np.stack([examples[i].tokens[:n_prompt] for i in group])).to(machine.device)
-        if before.pos != "absolute":  # a window of this length, the positions as they were
-            model.config = replace(before, block_size=max(n_prompt + longest, before.block_size))
         with machine.autocast():
             tokens = model.generate(prompts, longest, temperature=0)[:, n_prompt:].cpu().numpy()
         for i, row in zip(group, tokens):
@@ -377,22 +371,15 @@ def wilson(hits, n):
 # ----------------------------------------------------------------------------------------------------------------------
 # Fine-tuning
 
-def lengths_of(config):
-    """eval_lengths as a list of numbers. Raises SystemExit."""
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", config.eval_lengths):
-        raise config.error(f"eval_lengths={config.eval_lengths}: expected lengths in tokens, such as 128,256,512")
-    return [int(length) for length in config.eval_lengths.split(",")]
-
-
-def rates_of(config):
-    """task_lr as a list of numbers. Raises SystemExit."""
+def numbers(config, name, kind, expected):
+    """A setting of numbers above 0 with commas between them, as a list. Raises SystemExit."""
     try:
-        rates = [float(rate) for rate in config.task_lr.split(",")]
+        values = [kind(part) for part in getattr(config, name).split(",")]
     except ValueError:
-        rates = [math.nan]
-    if not all(0 < rate < math.inf for rate in rates):
-        raise config.error(f"task_lr={config.task_lr}: expected learning rates above 0, such as 3e-4 or 1e-4,3e-4,1e-3")
-    return rates
+        values = [0]
+    if not all(0 < value < math.inf for value in values):
+        raise config.error(f"{name}={getattr(config, name)}: expected {expected}")
+    return values
 
 
 def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
@@ -410,13 +397,11 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
     if state:
         step, minutes_before, history, summed = state["step"], state["minutes"], state["history"], state["summed"]
         loss_sum += state["loss_sum"]
-        train.load_optimizer(optimizer, state["optimizer"])
-        if scaler.is_enabled():
-            scaler.load_state_dict(state["scaler"])
+        train.load_optimizer(optimizer, scaler, state)
     torch._dynamo.config.cache_size_limit = 64  # two lengths a phase, and few numbers of meta-tokens
     forward = torch.compile(model, dynamic=False) if machine.compile else model
     started, B = time.monotonic(), config.task_batch_size
-    first_step, length, norm = step, None, 0.0
+    first_step, longest, norm = step, None, 0.0  # longest: of the phase, in tokens
 
     def clock():
         return minutes_before + (time.monotonic() - started) / 60
@@ -439,7 +424,7 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
     def job(step):
         """The examples of a step are all of one length, so that there is next to no padding."""
         longest = phase(step)
-        shortest = max(longest // 2 + 1, smallest(run.stream.task, get_encoding(run.stream.tokenizer)))
+        shortest = max(longest // 2 + 1, min_length(run.stream.task, get_encoding(run.stream.tokenizer)))
         length = np.random.default_rng([config.seed, step]).integers(shortest, longest + 1)
         return run.stream, "train", longest, range(step * B, (step + 1) * B), int(length)
 
@@ -452,7 +437,7 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
             correct, token_accuracy, loss = measure(model, run.validation, config.train_length, machine)
             if save:  # a trial may fail
                 check_finite(loss)
-            history.append({"step": step, "minutes": clock(), "phase": length, "exact": float(correct.mean()),
+            history.append({"step": step, "minutes": clock(), "phase": longest, "exact": float(correct.mean()),
                             "token_accuracy": token_accuracy, "loss": loss, "train_loss": loss_sum.item() / max(summed, 1)})
             loss_sum, summed = torch.zeros_like(loss_sum), 0
             done = done or (config.stop_solved and save and history[-1]["phase"] == run.phases[-1] and history[-1]["exact"] >= SOLVED)
@@ -468,13 +453,13 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
                              + ", without --overwrite" * config.overwrite)
         if done:
             break
-        (_, _, length, _, _), examples = next(batches)
-        x, at, y = collate(examples, length, bucket=length // 4 if machine.compile else 16)  # two shapes a phase, or as they come
+        (_, _, longest, _, _), examples = next(batches)
+        x, at, y = collate(examples, longest, bucket=longest // 4 if machine.compile else 16)  # two shapes a phase, or as they come
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(schedule, step, clock())
         if config.dropout > 0:
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
-        n_meta = count_meta(model, x)
+        n_meta = meta_bound(model, x)
         x, at, y = (t.to(device, non_blocking=True) for t in (x, at, y))
         with machine.autocast():
             loss = forward(x, y, n_meta=n_meta, at=at)[1]
@@ -488,7 +473,7 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
         if step % config.log_interval == 0:
             left = (time.monotonic() - started) / (step - first_step) * (steps - step)
             left = min(left, 60 * (minutes - clock())) if minutes else left
-            print(f"step {step:>{len(str(steps))}}/{steps} | length {length} | loss {loss_sum.item() / summed:.4f} | "
+            print(f"step {step:>{len(str(steps))}}/{steps} | length {longest} | loss {loss_sum.item() / summed:.4f} | "
                   f"ETA {train.duration(max(left, 0))}", flush=True)
     stop_request.restore()
     return history
@@ -503,17 +488,20 @@ class Run:
         encoding = get_encoding(config.tokenizer)
         self.marker, self.placement = ("none", "none") if mark is None else (config.marker, config.placement)
         self.stream = Stream(config.task, self.placement, mark, config.tokenizer, config.seed)
-        for name, length in (("train_length", config.train_length), *(("eval_lengths", length) for length in lengths_of(config))):
-            if length < smallest(config.task, encoding):
-                raise config.error(f"{name}={length} is too short: {config.task} needs {smallest(config.task, encoding)} tokens")
+        self.lengths = numbers(config, "eval_lengths", int, "lengths in tokens, such as 128,256,512")
+        self.rates = numbers(config, "task_lr", float, "learning rates above 0, such as 3e-4 or 1e-4,3e-4,1e-3")
+        shortest = min_length(config.task, encoding)
+        for name, length in (("train_length", config.train_length), *(("eval_lengths", length) for length in self.lengths)):
+            if length < shortest:
+                raise config.error(f"{name}={length} is too short: {config.task} needs {shortest} tokens")
         if self.model.config.pos == "absolute" and config.train_length > self.model.config.block_size:
             raise config.error(f"train_length={config.train_length}, but there are learned positions for {self.model.config.block_size}")
-        possible, self.rates = possible_rows(self.model, mark), rates_of(config)
+        possible = possible_rows(self.model, mark)
         self.rows = possible if config.rows == "all" else config.rows.split(",")
         for row in self.rows:
             if row not in possible:
                 raise config.error(f"rows={config.rows}: {row} is not among what this model and marker allow: {', '.join(possible)}")
-        shorter = [FIRST_PHASE << i for i in range(24) if smallest(config.task, encoding) <= FIRST_PHASE << i < config.train_length]
+        shorter = [FIRST_PHASE << i for i in range(24) if shortest <= FIRST_PHASE << i < config.train_length]
         self.phases = [*shorter, config.train_length]
         marked = {"meta": "with meta-tokens", "fresh": "with a fresh token", "text": "with #", "none": "without marks"}[self.marker]
         self.label = config.label or f"{train.stem(self.pretrained['path'])} {marked}"
@@ -590,8 +578,8 @@ class Run:
     def measure_rows(self):
         """(tests, rows): what the test examples of every evaluation length are, and every row measured on them."""
         config, model, stream, tests, rows = self.config, self.model, self.stream, {}, []
-        started, done, total = time.monotonic(), 0, sum(lengths_of(config))
-        for length in lengths_of(config):
+        started, done, total = time.monotonic(), 0, sum(self.lengths)
+        for length in self.lengths:
             if model.config.pos == "absolute" and length > model.config.block_size:
                 rows.append({"row": "full", "length": length, "impossible": f"learned positions end at {model.config.block_size}"})
                 print(f"{length} tokens: not possible, learned positions end at {model.config.block_size}", flush=True)
@@ -656,8 +644,8 @@ def read_result(path):
 
 
 def merge(results):
-    """{(task, placement): {label: [result of each seed]}}, a panel each; what has no marks stands in every panel of its task, or in
-    those of as many steps if there are such.
+    """{(task, placement): {label: [result of each seed]}}, a panel each. Lines without marks stand in every panel of their task; where
+    some were tuned for as many steps as the panel's, only those.
 
     Raises SystemExit where results of a task cannot be compared, or those of a line differ in more than their seeds.
     """
@@ -678,14 +666,17 @@ def merge(results):
         group.append(result)
         group.sort(key=lambda result: str(result["seeds"]))
     panels = {}
-    for task, place in itertools.product(TASKS, PLACES):
-        unmarked, there = ({label: group for (t, p, label), group in lines.items() if (t, p) == (task, at)} for at in ("none", place))
-        if there and place != "none":
-            steps = {group[0]["run"]["phase_steps"] for group in there.values()}
-            equal = {label: group for label, group in unmarked.items() if group[0]["run"]["phase_steps"] in steps}
-            panels[task, place] = {label + ", no marks" * (label in there): group for label, group in (equal or unmarked).items()} | there
-        elif there and not any(t == task for t, _ in panels):  # PLACES ends with "none"
-            panels[task, "none"] = there
+    for task in TASKS:
+        by_place = {place: {label: group for (t, p, label), group in lines.items() if (t, p) == (task, place)} for place in PLACES}
+        unmarked = by_place.pop("none")
+        for place, marked in by_place.items():
+            if marked:
+                steps = {group[0]["run"]["phase_steps"] for group in marked.values()}
+                equal = {label: group for label, group in unmarked.items() if group[0]["run"]["phase_steps"] in steps}
+                unmarked_here = {label + ", no marks" * (label in marked): group for label, group in (equal or unmarked).items()}
+                panels[task, place] = unmarked_here | marked
+        if unmarked and not any(by_place.values()):
+            panels[task, "none"] = unmarked
     return panels
 
 
@@ -779,10 +770,9 @@ def plot(paths):
     if not paths:
         raise SystemExit("error: --plot needs results, such as: python eval_synthetic.py --plot results/*.json")
     panels = merge({path: read_result(path) for path in paths})
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(len(panels), 2, figsize=(11, 0.8 + 4 * len(panels)), layout="constrained", squeeze=False)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 0.8 + 4 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 2, squeeze=False)
     labels = list(dict.fromkeys(line for lines in panels.values() for line in lines))
     for (test, tuning), ((task, place), lines) in zip(axes, panels.items()):
         for line, group in lines.items():
@@ -808,7 +798,6 @@ def plot(paths):
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3, fontsize="small")
     os.makedirs("results", exist_ok=True)
     figure.savefig("results/synthetic.png.tmp", format="png", dpi=120)
-    plt.close(figure)
     os.replace("results/synthetic.png.tmp", "results/synthetic.png")
     print("\n".join(tables(panels)) + "\n\nwritten to results/synthetic.png")
 
@@ -823,11 +812,9 @@ def main(argv=None):
         raise SystemExit(f"error: {paths[0]} is for --plot to read: write that before it, or leave the file out")
     if "WORLD_SIZE" in os.environ:
         raise SystemExit("error: fine-tuning runs in one process: start it with python, not torchrun")
-    lengths_of(config)
     machine, names = train.Machine(config), TASKS if config.task == "all" else [config.task]
     try:
-        with ProcessPoolExecutor(config.workers or prepare.cores(), initializer=prepare.start_worker,
-                                 initargs=("bytes", 0.0)) as pool:  # each example names its tokenizer
+        with ProcessPoolExecutor(config.workers or prepare.cores(), initializer=prepare.start_worker) as pool:
             runs = []
             for task, marker in itertools.product(names, config.marker.split(",")):  # all are checked before the first begins
                 own = copy.copy(config)
@@ -835,7 +822,7 @@ def main(argv=None):
                 own.label = f"{config.label} {marker}" if config.label and marker != config.marker else config.label
                 runs.append(Run(own, pool, machine))
             while runs:
-                runs.pop(0).go()
+                runs.pop(0).go()  # and lets go of its model
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command goes on") from None
     except BrokenExecutor:

@@ -253,10 +253,10 @@ def hub_pieces(config, revision, skip):
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenising, in worker processes
 
-def start_worker(tokenizer, val_fraction):
-    global encoding, val_share
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    encoding, val_share, parent = get_tokenizer(tokenizer), val_fraction, os.getppid()
+def start_worker():
+    """A worker ends with its parent, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
 
     def end_with_parent():
         while os.getppid() == parent:
@@ -264,6 +264,12 @@ def start_worker(tokenizer, val_fraction):
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def start_tokeniser(tokenizer, val_fraction):
+    global encoding, val_share
+    start_worker()
+    encoding, val_share = get_tokenizer(tokenizer), val_fraction
 
 
 def tokenise(batch):
@@ -443,7 +449,7 @@ def write_tokens(config, source, writers, progress):
     if reached(config, progress):
         return
     workers = config.workers or cores()
-    pool = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(config.tokenizer, config.val_fraction))
+    pool = ProcessPoolExecutor(workers, initializer=start_tokeniser, initargs=(config.tokenizer, config.val_fraction))
     bar = tqdm(desc=f"preparing {folder_of(config)}", unit=" tokens", unit_scale=True, initial=progress["tokens"],
                total=config.max_tokens or None)
     saved_at = time.monotonic()

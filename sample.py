@@ -13,7 +13,7 @@ import torch
 
 import config as settings
 from prepare import decode, get_tokenizer, inject, meta_per_block, meta_places
-from train import load_saved, pick_device
+from train import adopt_settings, load_saved, pick_device
 
 
 def read_start(config):
@@ -46,9 +46,7 @@ def inject_prompt(tokens, config, meta_id):
 def run(config):
     device, dtype = pick_device(config)
     model, checkpoint = load_saved(config)
-    for name in ("meta_rate", "meta_placement"):
-        if checkpoint and not config.given(name):
-            setattr(config, name, checkpoint["settings"][name])
+    adopt_settings(config, checkpoint, ("meta_rate", "meta_placement"))
     if model.config.meta_id is None and config.meta_rate > 0:
         if config.origin.get("meta_rate") == "command line":
             raise config.error(f"meta_rate={config.meta_rate}, but the model has no meta-tokens")

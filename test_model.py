@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -849,7 +850,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(prepared, number
             process.send_signal(number)
             break
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "--init_from=resume" in output and "Traceback" not in errors
+    assert process.returncode == 128 + number and "--init_from=resume" in output and "Traceback" not in errors
     assert f"saved at step {load_checkpoint('out')['step']}" in output
 
 
@@ -971,8 +972,9 @@ def tokenizer(name):
 
 
 def examples(task, n=40, length=300, placement="task", mark=35, name="bytes"):
-    return [eval_synthetic.make_example(task, length // 2 + 1, length, placement, mark, np.random.default_rng(i), tokenizer(name))
-            for i in range(n)]
+    tokenizer(name)
+    stream = eval_synthetic.Stream(task, placement, mark, name, seed=0)
+    return [eval_synthetic.make_example(stream, length // 2 + 1, length, np.random.default_rng(i)) for i in range(n)]
 
 
 def read_answer(prompt):
@@ -1005,7 +1007,8 @@ def test_the_prompt_without_its_marks_determines_the_answer(task, name):
 
 
 def test_the_example_of_the_docstring_is_one():
-    e = eval_synthetic.make_example("list_recall", 150, 210, "task", 35, np.random.default_rng(11), tokenizer("bytes"))
+    stream = eval_synthetic.Stream("list_recall", "task", ord("#"), "bytes", seed=0)
+    e = eval_synthetic.make_example(stream, 150, 210, np.random.default_rng(11))
     assert textwrap.indent(prepare.decode(tokenizer("bytes"), e.tokens.tolist()), " " * 4) in inspect.getdoc(eval_synthetic.make_example)
 
 
@@ -1173,7 +1176,7 @@ def test_the_bound_on_meta_tokens_holds_and_takes_few_values():
     for n in range(200):
         x = torch.zeros(2, 200, dtype=torch.long)
         x[1, :n] = model.config.meta_id
-        bounds.add(bound := eval_synthetic.count_meta(model, x))
+        bounds.add(bound := eval_synthetic.meta_bound(model, x))
         assert n <= bound <= 200
     assert bounds == {0, 16, 32, 64, 128, 200}
 
@@ -1830,7 +1833,7 @@ def test_every_variant_of_length_is_a_model_that_can_be_built():
     assert {name: list(run) for name, run in runs.items()} == {
         "as trained": [16, 64, 128, 256], "YaRN": [128, 256], "as trained, no_pos": [16, 64, 128, 256], "YaRN, no_pos": [128, 256]}
     changed = build().reconfigured(**runs["YaRN, no_pos"][256]).config
-    assert (changed.block_size, changed.yarn_scale, changed.original_block_size, changed.zero_meta_pos) == (256, 4.0, 64, True)
+    assert (changed.yarn_scale, changed.original_block_size, changed.zero_meta_pos) == (4.0, 64, True)
     learned = analyze.runs_over_length(replace(TINY, pos="absolute"), [16, 64, 128])
     assert {name: list(run) for name, run in learned.items()} == {"as trained": [16, 64], "as trained, no_pos": [16, 64]}
     assert list(analyze.runs_over_length(replace(TINY, pos="none", meta_id=None, meta_attention=False), [128])) == ["as trained"]
@@ -1852,6 +1855,7 @@ def looked_into(workplace):
 def test_a_planted_loss_is_found_where_it_is(looked_into, monkeypatch):
     """A loss that is the share of what is read: by position its middle, in the tail the same for every context."""
     monkeypatch.setattr(analyze, "text_losses", lambda model, x, y: (torch.arange(x.size(1)) / x.size(1)).expand(x.shape))
+    monkeypatch.setattr(analyze, "TOKENS", 200)  # less than one sequence
     analyze.main([*LOOK, "--what=perplexity"])
     with open("out/analysis/perplexity.json") as file:
         figures = json.load(file)["figures"]
@@ -1898,6 +1902,7 @@ def save_tuned(path, length=96, **changes):
 def test_models_are_compared_on_the_same_examples(looked_into):
     save_tuned("out/a.pt")
     save_tuned("out/b.pt", mark=None)
+    shutil.rmtree("data")  # List Recall needs none
     analyze.main([*LOOK, "--init_from=out/a.pt", "--compare=out/b.pt", "--what=rate_distortion"])
     panels = result_of("rate_distortion", "out/analysis/a")["panels"]
     assert list(panels[0]["curves"]) == ["a", "b"]
@@ -1912,7 +1917,7 @@ def test_states_within_a_prompt_are_taken_at_the_queried_list(monkeypatch):
     stream = eval_synthetic.Stream("list_recall", "all", 257, "bytes", 0)
     examples = [eval_synthetic.draw(stream, "test", 256, i) for i in range(20)]
     monkeypatch.setattr(eval_synthetic, "draw_split", lambda *_: examples)
-    reader = SimpleNamespace(stream=stream, model=None, label="", space=32)
+    reader = SimpleNamespace(stream=stream, model=None, label="")
     features = analyze.Reader.features(reader, "test", 256, 20, "cpu", None)
     for i, e in enumerate(examples):
         text = "".join("#" if token == 257 else chr(token) for token in e.tokens)
@@ -1933,6 +1938,12 @@ def test_next_tokens_are_the_same_from_both_places(looked_into):
     expected = [(row[i], row[i + 1]) for x, y in [blocks.batch(rows)] for row in torch.cat([x, y[:, -1:]], 1).tolist()
                 for i in range(1, 96) if row[i] == 257 and row[i - 1] != 257 and row[i + 1] != 257]
     assert states["y"].tolist() == [y for _, y in expected] and len(states["meta"]) == len(states["text"]) == len(expected) > 10
+
+
+def test_text_too_short_for_three_parts_is_refused():
+    subject = SimpleNamespace(blocks=[0, 1], device="cpu", config=settings.load([]))
+    assert "2 validation blocks cannot be cut into three parts" in refusal(
+        analyze.next_token_lines, subject, {"train": 4, "validation": 1, "test": 2})
 
 
 @pytest.mark.parametrize("args, expected", [

@@ -35,6 +35,7 @@ from model import GPT, GPTConfig, load_checkpoint, pad_vocab
 FROM_CHECKPOINT = ("n_layer", "n_head", "n_embd", "bias", "pos", "rope_base", "beta_fast", "beta_slow", "meta_attention")
 MAY_OVERRIDE = ("block_size", "yarn_scale", "dropout", "zero_meta_pos", "zero_meta_embd")
 OF_THIS_RUN = ("init_from", "out_dir", "overwrite", "eval_only", "device", "dtype", "compile")  # not kept by --init_from=resume
+NO_CHECKPOINT = {"step": None, "settings": {}}  # of OpenAI's GPT-2
 
 # Peak of dense bf16/fp16 matrix products in FLOP/s, by the exact name that the driver gives the device
 PEAK_FLOPS = {
@@ -231,14 +232,14 @@ def load_saved(config):
 
 def load_trained(config):
     """(model, checkpoint) that init_from names, on the CPU: a checkpoint (the one in out_dir for 'resume' and 'scratch') or
-    OpenAI's GPT-2, for which checkpoint is None. The config takes over architecture and tokenizer.
+    OpenAI's GPT-2, for which it is NO_CHECKPOINT. The config takes over architecture and tokenizer.
 
     Raises SystemExit for a bad file, or where the command line asks for another architecture.
     """
     try:
         if is_pretrained(config.init_from):
             adopt_tokenizer(config, "gpt2")
-            model, checkpoint = GPT.from_pretrained(config.init_from), None
+            model, checkpoint = GPT.from_pretrained(config.init_from), NO_CHECKPOINT
         else:
             checkpoint = load_checkpoint(path_of(config))
             adopt_tokenizer(config, checkpoint["settings"]["tokenizer"])
@@ -303,15 +304,19 @@ def is_pretrained(init_from):
     return os.path.isfile(os.path.join(init_from, "config.json")) or (init_from.startswith("gpt2") and not os.path.exists(init_from))
 
 
+def adopt_settings(config, checkpoint, names):
+    """Takes these settings from a checkpoint where they were not given now."""
+    for name in names:
+        if name in checkpoint["settings"] and not config.given(name):
+            setattr(config, name, checkpoint["settings"][name])
+
+
 def resume_settings(config):
     """With --init_from=resume, whatever was not given now is as it was then."""
     try:
-        before = load_checkpoint(config.out_dir)["settings"]
+        adopt_settings(config, load_checkpoint(config.out_dir), settings.SETTINGS.keys() - set(OF_THIS_RUN))
     except ValueError as e:
         raise config.error(e) from None
-    for name, value in before.items():
-        if name in settings.SETTINGS and name not in OF_THIS_RUN and not config.given(name):
-            setattr(config, name, value)
 
 
 def save(path, checkpoint):
@@ -341,12 +346,14 @@ def keep_best(out_dir):
     os.replace(best + ".tmp", best)
 
 
-def load_optimizer(optimizer, state):
-    """Takes over the moments, and keeps the settings of now."""
+def load_optimizer(optimizer, scaler, checkpoint):
+    """Takes over the moments and the scale of the loss, and keeps the settings of now."""
     settings_of_now = [{name: group[name] for name in ("weight_decay", "betas", "fused")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(checkpoint["optimizer"])
     for group, now in zip(optimizer.param_groups, settings_of_now):
         group.update(now)
+    if scaler.is_enabled() and checkpoint["scaler"]:  # empty, if the run was not in float16 then
+        scaler.load_state_dict(checkpoint["scaler"])
 
 
 def go_on_command():
@@ -390,10 +397,9 @@ class Log:
     def draw(self):
         if not self.on or len(self.entries) < 2:
             return
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
         for name, label, style in (("loss", "training", {"alpha": 0.6}), ("val_loss", "validation", {"marker": "o", "markersize": 3})):
             entries = [e for e in self.entries if name in e]
             ends = [e["step"] for e in entries[-3:]]
@@ -408,7 +414,6 @@ class Log:
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(self.picture + ".tmp", format="png", dpi=120)
-        plt.close(figure)
         os.replace(self.picture + ".tmp", self.picture)
 
 
@@ -436,14 +441,14 @@ def diverged(loss, norm, scaler):
 
 
 class StopRequest:
-    """Whether SIGINT or SIGTERM has asked to stop, until restore(). The second signal is final."""
+    """Whether SIGINT or SIGTERM has asked to stop, until restore(): its number, or 0. The second signal is final."""
 
     def __init__(self):
-        self.asked = False
+        self.asked = 0
         self.handlers = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(self, number, frame):
-        self.asked = True
+        self.asked = number
         signal.signal(number, signal.SIG_DFL)
 
     def restore(self):
@@ -520,9 +525,7 @@ def train(config):
     step, best, minutes_before = 0, math.inf, 0.0
     if config.init_from == "resume":
         step, best, minutes_before = checkpoint["step"], checkpoint["best_val_loss"], checkpoint["minutes"]
-        load_optimizer(optimizer, checkpoint["optimizer"])
-        if scaler.is_enabled() and checkpoint["scaler"]:
-            scaler.load_state_dict(checkpoint["scaler"])
+        load_optimizer(optimizer, scaler, checkpoint)
     del checkpoint, trained
     local_model = model = torch.compile(raw_model) if machine.compile else raw_model
     if machine.world > 1:
@@ -566,7 +569,7 @@ def train(config):
     started = logged = time.monotonic()
     loss_sum, norm, lr = torch.zeros((), device=machine.device), 0.0, 0.0
     first_step = logged_step = step
-    stop, minutes = False, minutes_before
+    stop, minutes = 0, minutes_before
     while True:
         if machine.world == 1 or step % config.log_interval == 0:  # all stop at the same step, by the same clock
             minutes = minutes_before + (time.monotonic() - started) / 60
@@ -632,7 +635,9 @@ def train(config):
         step += 1
 
     stop_request.restore()
-    if machine.rank == 0 and not stop:
+    if stop:
+        raise SystemExit(128 + int(stop))  # as shells count: what waits behind && does not begin
+    if machine.rank == 0:
         print(f"\n{config.out_dir}: ckpt.pt, best.pt ({best:.4f}), log.jsonl, loss.png. A sample:\n")
         encoding = prepare.get_tokenizer(config.tokenizer)
         prompt = torch.tensor([[encoding.eot_token]], device=machine.device)

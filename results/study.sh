@@ -67,7 +67,9 @@ rates() {  # task placement settings...: the same at other learning rates, of th
     done
 }
 
-more_models() {  # of the first seed: learned positions, and meta-tokens at other rates and places
+more_models() {  # of the first seed: four times as many steps, learned positions, and meta-tokens at other rates and places
+    echo "pretrain gpt2long $first $plain --max_iters=12000"
+    echo "pretrain long $first --max_iters=12000"
     echo "pretrain ape $first --pos=absolute"
     echo "pretrain gpt2ape $first $plain --pos=absolute"
     echo "data --dataset=study_k05 --meta_rate=0.05 && pretrain k05 $first --dataset=study_k05 --meta_rate=0.05"
@@ -76,6 +78,12 @@ more_models() {  # of the first seed: learned positions, and meta-tokens at othe
 }
 
 variants() {  # settings of Copying...: these, tuned; and a window four times as long by YaRN
+    echo "tune gpt2long $first copying task text 'long, B GPT-2, #' $*"
+    echo "tune long $first copying task meta 'long, D meta' $*"
+    echo "tune gpt2long $first copying none none 'long, A GPT-2' $* $everywhere"
+    echo "tune gpt2long $first copying all text 'long, B GPT-2, #' $* $everywhere"
+    echo "tune gpt2long $first copying all fresh 'long, B GPT-2, fresh token' $* $everywhere"
+    echo "tune long $first copying all meta 'long, D meta' $* $everywhere"
     echo "tune ape $first copying task meta 'learned positions, D meta' $*"
     echo "tune gpt2ape $first copying task text 'learned positions, B GPT-2, #' $*"
     for model in k05 k20 periodic; do
@@ -120,6 +128,6 @@ cp "${shown[@]}" results/synthetic.png "results/$name/"
 if [ "$name" = study ]; then
     mkdir -p results/study/rates results/study/variants
     cp results/rate_*.json results/study/rates/
-    cp results/{?_*_segment_counting,?_*_parity,learned,k05,k20,periodic,YaRN,no_YaRN}*.json results/study/variants/
+    cp results/{?_*_segment_counting,?_*_parity,long,learned,k05,k20,periodic,YaRN,no_YaRN}*.json results/study/variants/
 fi
 tail -n 1 "$OUT"/*_s?/log.jsonl > "results/$name/pretraining.txt"
