@@ -1,11 +1,12 @@
 """Speed and memory, as ratios measured in one run on one machine.
 
     python bench.py                                       # everything that this machine can
-    python bench.py --what=meta,generation                # of its parts these; choices (micro-batch, attention's kernel) only so
+    python bench.py --what=meta,generation                # these parts alone; choices (micro-batch, attention's kernel) only so
     python bench.py --gpu                                 # GPT-2's size, vocabulary and window, beside nanoGPT's way to run it
 
-Prints a table and writes results/bench_<device>.json. Rows of a group take turns, so that a machine that slows down
-slows them all, and each reports the best of its rounds: what disturbs a measurement only ever adds to it.
+Prints a table and writes results/bench_<device>.json, the device followed by the parts where some were named. Rows of a group
+take turns, so that a machine that slows down slows them all, and each reports the best of its rounds: what disturbs a
+measurement only ever adds to it.
 """
 import contextlib
 import itertools
@@ -48,57 +49,55 @@ class DenseMetaAttention(MetaAttention):
 
 def dense(model):
     """The same model with dense masks in place of the compact form."""
-    rope = model._rope_tables(torch.arange(model.config.block_size, device=model.inv_freq.device), None)
+    rope = model._rope_tables(torch.arange(model.config.block_size, device=model.lm_head.weight.device), None)
     for block in model.transformer.h:
         block.meta_attn.__class__, block.meta_attn.rope = DenseMetaAttention, rope
     return model
 
 
-class Memory:
-    """Peak memory since the last reset, in bytes: the device's on CUDA, the process's resident set on Linux, else None."""
+def reset_peak(machine):
+    if machine.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif os.path.exists("/proc/self/clear_refs"):
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
 
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
 
-    def reset(self):
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        elif os.path.exists("/proc/self/clear_refs"):
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-
-    def peak(self):
-        if self.cuda:
-            return torch.cuda.max_memory_allocated()
-        if not os.path.exists("/proc/self/status"):
-            return None
-        with open("/proc/self/status") as file:
-            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+def peak_bytes(machine):
+    """Peak memory since then, with all that lies there: the device's on CUDA, the process's resident set on Linux, else None."""
+    if machine.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if not os.path.exists("/proc/self/status"):
+        return None
+    with open("/proc/self/status") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
 
 def compare(group, variants, machine, rounds=ROUNDS):
     """Times variants, {name: function that does the work once and returns (tokens, flops or None)}, in turns. The first
-    is what the others are a ratio of; spread is how far the median lies above the best. Returns rows."""
-    memory, seconds, peaks, tokens, flops = Memory(machine.device), {}, {}, {}, {}
+    is what the others are a ratio of; spread is how far the median lies above the best; memory is with the weights of all
+    variants. Returns rows."""
+    seconds, peaks, tokens, flops = {}, {}, {}, {}
     for turn in range(rounds + 1):
         for name, work in variants.items():
-            memory.reset()
+            reset_peak(machine)
             synchronize(machine)
             before = time.perf_counter()
             tokens[name], flops[name] = work()
             synchronize(machine)
             if turn > 0:  # the first turn compiles and warms up
                 seconds.setdefault(name, []).append(time.perf_counter() - before)
-                peaks[name] = max(peaks.get(name) or 0, memory.peak() or 0) or None
-    base, rows = None, []
+                peaks[name] = max(peaks.get(name) or 0, peak_bytes(machine) or 0) or None
+    base, peak_flops, rows = None, machine.peak_flops(), []
     for name in variants:
         per_token = min(seconds[name]) / tokens[name]
         base = base or per_token
-        peak = machine.peak_flops()
+        spread = statistics.median(seconds[name]) / min(seconds[name]) - 1
+        mfu = flops[name] / per_token / tokens[name] / peak_flops if peak_flops and flops[name] else None
         rows.append({"group": group, "variant": name, "tokens_per_s": 1 / per_token, "speedup": base / per_token,
-                     "time_ratio": per_token / base, "spread": statistics.median(seconds[name]) / min(seconds[name]) - 1,
-                     "peak_bytes": peaks[name], "mfu": flops[name] / per_token / tokens[name] / peak if peak and flops[name] else None})
-        print_row(rows[-1])
+                     "time_ratio": per_token / base, "spread": spread, "peak_bytes": peaks[name], "mfu": mfu})
+        print(f"{group:<12} {name:<44} {1 / per_token:>12,.0f} {base / per_token:>7.2f}x {per_token / base:>7.3f}x {100 * spread:>5.0f}% "
+              + (f"{peaks[name] / 1e6:>7,.0f} MB" if peaks[name] else f"{'':>10}") + (f" {100 * mfu:>5.1f}%" if mfu else ""), flush=True)
     return rows
 
 
@@ -107,19 +106,7 @@ def synchronize(machine):
         getattr(torch, machine.type).synchronize()
 
 
-def print_row(row):
-    memory = f"{row['peak_bytes'] / 1e6:,.0f} MB" if row["peak_bytes"] else ""
-    mfu = f"{100 * row['mfu']:.1f}%" if row["mfu"] else ""
-    print(f"{row['group']:<12} {row['variant']:<44} {row['tokens_per_s']:>12,.0f} {row['speedup']:>7.2f}x {row['time_ratio']:>7.3f}x "
-          f"{100 * row['spread']:>5.0f}% {memory:>10} {mfu:>6}", flush=True)
-
-
-def loss_of_all_logits(model, x, y):
-    """The loss as nanoGPT computes it: what the chunks of LinearCrossEntropy are measured against."""
-    return F.cross_entropy(model(x)[0].flatten(0, 1).float(), y.flatten(), ignore_index=-1)
-
-
-def training_step(config, machine, batch_size, compiled, precise=False, make_dense=False, all_logits=False, batches=None):
+def training_step(config, machine, batch_size, compiled, precise=False, make_dense=False, all_logits=False, batches=None, kernel=None):
     """A function that takes one optimiser step of a model on random tokens with meta-tokens among them, or on the next batch."""
     torch.manual_seed(0)
     model = GPT(config).to(machine.device)
@@ -128,7 +115,10 @@ def training_step(config, machine, batch_size, compiled, precise=False, make_den
     T, n_meta = config.block_size, prepare.meta_per_block(0.1, config.block_size)
 
     def loss_of(x, y):
-        return loss_of_all_logits(model, x, y) if all_logits else model(x, y, n_meta=n_meta)[1]
+        with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():  # in here, as a graph keeps the kernel it was compiled with
+            if all_logits:  # as nanoGPT computes it
+                return F.cross_entropy(model(x)[0].flatten(0, 1).float(), y.flatten(), ignore_index=-1)
+            return model(x, y, n_meta=n_meta)[1]
 
     run = torch.compile(loss_of, dynamic=False) if compiled else loss_of
     tokens = torch.randint(0, config.text_vocab_size, (batch_size, T + 1))
@@ -154,11 +144,10 @@ def training(config, shape, machine):
     """Optimiser steps: on a CPU at block 256 against float32 eager; on a GPU, plain text at block 1024 against nanoGPT's way."""
     if config.gpu:
         plain = replace(shape, meta_id=None, meta_attention=False)
+        learned = replace(plain, pos="absolute")
         return compare("training", {
-            "GPT-2 as nanoGPT runs it, micro-batch 12": training_step(
-                replace(plain, pos="absolute"), machine, 12, compiled=True, all_logits=True),
-            f"GPT-2, micro-batch {config.batch_size}": training_step(
-                replace(plain, pos="absolute"), machine, config.batch_size, compiled=True),
+            "GPT-2 as nanoGPT runs it, micro-batch 12": training_step(learned, machine, 12, compiled=True, all_logits=True),
+            f"GPT-2, micro-batch {config.batch_size}": training_step(learned, machine, config.batch_size, compiled=True),
             f"GPT-2 with RoPE, micro-batch {config.batch_size}": training_step(plain, machine, config.batch_size, compiled=True),
             f"Meta+RoPE, micro-batch {config.batch_size}": training_step(shape, machine, config.batch_size, compiled=True)}, machine)
     shape, dtype = replace(shape, block_size=256), str(machine.dtype).removeprefix("torch.")
@@ -228,10 +217,12 @@ def tuning(config, shape, machine):
 
 def memory(config, shape, machine):
     """Bytes that a token takes in training, from the peaks of two micro-batches, and the largest that the device holds."""
-    small, large = (training_step(shape, machine, n, compiled=machine.compile) for n in (2, 4))
-    rows = compare("memory", {"Meta+RoPE, micro-batch 2": small, "Meta+RoPE, micro-batch 4": large}, machine, rounds=2)
-    per_token = (rows[1]["peak_bytes"] - rows[0]["peak_bytes"]) / (2 * shape.block_size)
-    fixed = rows[0]["peak_bytes"] - 2 * shape.block_size * per_token
+    rows = []
+    for n in (8, 16):  # both hold whole chunks of logits, which grow no more; one after the other, so that only one model is there
+        torch._dynamo.reset()
+        rows += compare("memory", {f"Meta+RoPE, micro-batch {n}": training_step(shape, machine, n, machine.compile)}, machine, rounds=2)
+    per_token = (rows[1]["peak_bytes"] - rows[0]["peak_bytes"]) / (8 * shape.block_size)
+    fixed = rows[0]["peak_bytes"] - 8 * shape.block_size * per_token
     device = torch.cuda.get_device_properties(machine.device).total_memory
     largest = int((device - fixed) / per_token / shape.block_size)
     print(f"{'memory':<12} {per_token / 1e3:,.0f} kB a token and {fixed / 1e6:,.0f} MB: a micro-batch of {largest} "
@@ -247,12 +238,7 @@ def choices(config, shape, machine):
         sizes, kernels = (8, 16, 24, 32, 48), (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 
     def step(size, kernel=None):
-        step = training_step(shape, machine, size, machine.compile)
-
-        def work():
-            with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
-                return step()
-        return work
+        return training_step(shape, machine, size, machine.compile, kernel=kernel)
 
     rows = compare("micro-batch", {f"{size}": step(size) for size in sizes}, machine, rounds=3)
     return rows + compare("kernel", {"torch's choice": step(sizes[1])} | {kernel.name: step(sizes[1], kernel) for kernel in kernels},
@@ -292,8 +278,8 @@ def reading(config, shape, machine):
 
 
 def generation(config, shape, machine):
-    """Text tokens from a prompt of one, with the cache and without: 500, on a GPU 1,000. Then 500, compiled where training is: per
-    text token, per position fed, several at a time; and the first alone."""
+    """Text tokens from a prompt of one: without caches, with them, compiled; then, compiled where training is, with meta-tokens,
+    per text token and per position fed; on a GPU several sequences at a time; and the first token alone."""
     torch.manual_seed(0)
     model = GPT(shape).to(machine.device, machine.dtype).eval()
 
@@ -369,15 +355,14 @@ def main(argv=None):
     print(f"{machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {shape.n_layer} layers, width "
           f"{shape.n_embd}, batch {config.batch_size}")
     print(f"{'':<12} {'':<44} {'tokens/s':>12} {'speed':>8} {'time':>8} {'spread':>6} {'memory':>10} {'MFU':>6}")
-    rows = []
+    os.makedirs("results", exist_ok=True)
+    path, rows = "_".join(["results/bench", *machine.name().split(), *(names if config.what != "all" else ())]) + ".json", []
     for name in names:
         torch._dynamo.reset()  # it compiles a function eight times at most
         rows += every[name](config, shape, machine)
-    os.makedirs("results", exist_ok=True)
-    path = f"results/bench_{machine.name().replace(' ', '_')}.json"
-    prepare.write_json(path, {"device": machine.name(), "processor": machine.processor(), "cores": os.cpu_count(),
-                              "torch": torch.__version__, "dtype": str(machine.dtype), "batch_size": config.batch_size,
-                              "model": asdict(shape), "rows": rows})
+        prepare.write_json(path, {"device": machine.name(), "processor": machine.processor(), "cores": os.cpu_count(),
+                                  "torch": torch.__version__, "dtype": str(machine.dtype), "batch_size": config.batch_size,
+                                  "model": asdict(shape), "rows": rows})  # what was measured stays, whatever comes next
     print(f"written to {path}")
 
 
