@@ -18,12 +18,14 @@ import platform
 import re
 import shlex
 import signal
+import sys
 import sysconfig
 import threading
 import time
 import zlib
 from collections import deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import tiktoken
@@ -33,6 +35,7 @@ import config as settings
 
 META = "<|meta|>"                 # how the meta-token is printed
 SHARD_TOKENS = 100_000_000
+DTYPE = np.dtype(np.uint16)       # of the files: GPT-2's ids, with the meta-token, end at 50,257
 BATCH_CHARS = 1 << 20             # text handed to a worker at a time, and the longest piece of a plain-text file
 SECTION_CHARS = 1 << 16           # of a lone text file, the unit that goes to training or validation
 SAVE_SECONDS = 10                 # between two notes of how far we are
@@ -125,8 +128,9 @@ class Source:
             self.bytes = sum(os.path.getsize(path) for _, path in self.files)
             sizes = "".join(f"{key} {os.path.getsize(path)}\n" for key, path in self.files)
             self.version = self.version or f"{len(self.files)} files, sha256 of names and sizes {sha256(sizes.encode())[:16]}"
-        else:
-            self.version = hub_revision(config)
+        else:  # at the revision that was begun with: another one since is no reason to begin anew
+            before = {} if config.overwrite else begun_with(folder_of(config))
+            self.version = before["source_version"] if before.get("source") == config.source else hub_revision(config)
 
     def pieces(self, skip):
         """All pieces but the first `skip`."""
@@ -139,6 +143,15 @@ class Source:
                     yield piece
                 else:
                     skip -= 1
+
+
+def begun_with(folder):
+    """The description of the data in a folder, or of the beginning of some; {} if there are none."""
+    for name in ("manifest.json", "progress.json"):
+        with suppress(OSError, ValueError), open(os.path.join(folder, name), encoding="utf-8") as file:
+            there = json.load(file)
+            return there.get("of", there)
+    return {}
 
 
 def files_below(root, endings):
@@ -225,29 +238,29 @@ def parquet_rows(path, text_field):
         raise SystemExit(f"error: cannot read {path}: {str(e).splitlines()[0]}") from None
 
 
-def hub_error(config, e):
-    return config.error(f"source={config.source}: cannot be read from the Hugging Face hub ({type(e).__name__}: "
-                        f"{str(e).split(chr(10))[0][:100]}): go online, or name local files")
+@contextmanager
+def hub_errors(config):
+    try:
+        yield
+    except Exception as e:  # offline, unknown, private, not installed, a stream that breaks: the hub's errors are many
+        raise config.error(f"source={config.source}: cannot be read from the Hugging Face hub ({type(e).__name__}: "
+                           f"{str(e).split(chr(10))[0][:100]}): go online, or name local files") from None
 
 
 def hub_revision(config):
-    try:
+    with hub_errors(config):
         from huggingface_hub import HfApi
         return HfApi().dataset_info(config.source.partition(":")[0]).sha
-    except Exception as e:  # offline, unknown, private, not installed: the hub's errors are many
-        raise hub_error(config, e) from None
 
 
 def hub_pieces(config, revision, skip):
     """A Hugging Face data set, streamed at one revision, so that a resumed run reads the same."""
-    try:
+    with hub_errors(config):
         from datasets import load_dataset
         name, _, configuration = config.source.partition(":")
         rows = load_dataset(name, configuration or None, split="train", streaming=True, revision=revision)
         for number, row in enumerate(rows.skip(skip), skip + 1):
             yield row_piece(row, config.text_field, f"{config.source}: row {number}")
-    except Exception as e:  # as above, and a stream that breaks
-        raise hub_error(config, e) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -273,7 +286,7 @@ def start_tokeniser(tokenizer, val_fraction):
 
 
 def tokenise(batch):
-    """The tokens of a list of pieces, each document ended by end-of-text: {'train': uint32, 'val': uint32}."""
+    """The tokens of a list of pieces, each document ended by end-of-text: {'train': (n,), 'val': (m,)}."""
     tokens = {"train": [], "val": []}
     for key, text, ends in batch:
         text = text.encode("utf-8", "replace").decode()  # a lone surrogate is no text
@@ -281,8 +294,7 @@ def tokenise(batch):
         split.append(encoding.encode_to_numpy(text, disallowed_special=()))
         if ends:
             split.append(np.array([encoding.eot_token]))
-    return {split: np.concatenate([np.empty(0, np.uint32), *parts], dtype=np.uint32, casting="unsafe")
-            for split, parts in tokens.items()}
+    return {split: np.concatenate([np.empty(0, DTYPE), *parts], dtype=DTYPE, casting="unsafe") for split, parts in tokens.items()}
 
 
 def is_validation(key, val_fraction):
@@ -324,12 +336,11 @@ class SplitWriter:
 
     def __init__(self, folder, split, config, meta_id):
         self.folder, self.split, self.config, self.meta_id = folder, split, config, meta_id
-        self.dtype = np.dtype(np.uint16 if meta_id < 2**16 else np.uint32)
         self.n_meta = meta_per_block(config.meta_rate, config.block_size)
         self.text_per_block = config.block_size - self.n_meta
         self.blocks_per_shard = max(SHARD_TOKENS // config.block_size, 1)
         self.shards, self.blocks, self.file = [], 0, None  # finished shards; blocks in all
-        self.rest = np.empty(0, self.dtype)                # text that is no whole block yet
+        self.rest = np.empty(0, DTYPE)                     # text that is no whole block yet
         self.group, self.places = None, None
 
     def path(self, number):
@@ -344,15 +355,15 @@ class SplitWriter:
     def resume(self, state):
         """Goes on from a state, and forgets what was written after it."""
         self.shards, self.blocks = state["shards"], state["blocks"]
-        self.rest = np.array(state["rest"], self.dtype)
-        size = self.blocks % self.blocks_per_shard * self.config.block_size * self.dtype.itemsize
+        self.rest = np.array(state["rest"], DTYPE)
+        size = self.blocks % self.blocks_per_shard * self.config.block_size * DTYPE.itemsize
         if size:
             self.file = open(self.path(len(self.shards)), "r+b")
             self.file.truncate(size)
             self.file.seek(size)
 
     def add(self, text):
-        self.rest = np.concatenate([self.rest, text.astype(self.dtype)])
+        self.rest = np.concatenate([self.rest, text])
         while (len(self.rest) - 1) // self.text_per_block > 0:  # one token stays: the copy that ends a shard
             group, row = divmod(self.blocks, self.GROUP)
             if group != self.group:
@@ -375,7 +386,7 @@ class SplitWriter:
         self.file.close()
         self.file = None
         path = self.path(len(self.shards))
-        tokens = os.path.getsize(path) // self.dtype.itemsize
+        tokens = os.path.getsize(path) // DTYPE.itemsize
         self.shards.append({"file": os.path.basename(path), "tokens": tokens, "bytes": os.path.getsize(path), "sha256": sha256_of(path)})
 
     def close(self):
@@ -446,7 +457,8 @@ def write_tokens(config, source, writers, progress):
         state = {split: writer.state() for split, writer in writers.items()}
         write_json(os.path.join(folder_of(config), "progress.json"), progress | state)
 
-    if reached(config, progress):
+    limit = config.max_tokens or sys.maxsize
+    if progress["tokens"] >= limit:
         return
     workers = config.workers or cores()
     pool = ProcessPoolExecutor(workers, initializer=start_tokeniser, initargs=(config.tokenizer, config.val_fraction))
@@ -455,9 +467,8 @@ def write_tokens(config, source, writers, progress):
     saved_at = time.monotonic()
     try:
         for batch, tokens in ordered_map(pool, tokenise, batches(source.pieces(progress["pieces"])), ahead=2 * workers + 1):
-            if config.max_tokens:  # all of the validation text, and training text up to the limit
-                room = max(config.max_tokens - progress["tokens"] - len(tokens["val"]), 0)
-                tokens["train"] = tokens["train"][:room]
+            room = max(limit - progress["tokens"] - len(tokens["val"]), 0)  # all of the validation text, and training text up to the limit
+            tokens["train"] = tokens["train"][:room]
             for split, writer in writers.items():
                 writer.add(tokens[split])
                 progress["tokens"] += len(tokens[split])
@@ -467,7 +478,7 @@ def write_tokens(config, source, writers, progress):
             if source.bytes and not config.max_tokens:
                 bar.total = max(progress["tokens"], round(progress["tokens"] / max(progress["chars"], 1) * source.bytes))
             bar.update(progress["tokens"] - bar.n)
-            if reached(config, progress):
+            if progress["tokens"] >= limit:
                 break
             if time.monotonic() - saved_at > SAVE_SECONDS:
                 save()
@@ -476,10 +487,6 @@ def write_tokens(config, source, writers, progress):
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)
-
-
-def reached(config, progress):
-    return config.max_tokens and progress["tokens"] >= config.max_tokens
 
 
 def cores():
