@@ -32,7 +32,7 @@ import eval_synthetic
 import prepare
 import sample
 import train
-from model import GPT, load_checkpoint, rotate
+from model import rotate
 
 SCORES = 1 << 24                     # attention scores, or logits, that are held at once: 64 MB
 TOKENS = 1 << 13                     # tokens of a batch
@@ -545,10 +545,10 @@ class Reader:
     @classmethod
     def of_file(cls, config, path):
         try:
-            checkpoint = load_checkpoint(path)
+            checkpoint = train.load_checkpoint(path)
             if "run" not in checkpoint:
                 raise ValueError(f"{path} was not tuned by eval_synthetic.py")
-            return cls(config, GPT.from_checkpoint(checkpoint).eval(), checkpoint, label_of(checkpoint, path))
+            return cls(config, train.model_of(checkpoint).eval(), checkpoint, label_of(checkpoint, path))
         except ValueError as e:
             raise config.error(f"compare={config.compare}: {e}") from None
 
@@ -823,7 +823,7 @@ class Subject:
     def __init__(self, config, names):
         self.config, self.device = config, train.pick_device(config)[0]
         self.model, self.checkpoint = train.load_saved(config)
-        self.path = train.path_of(config)
+        self.path = train.checkpoint_path(config)
         self.folder, self.sha256 = folder_of(config, self.path), train.sha256_of_weights(self.model)
         self.label = config.label or label_of(self.checkpoint, self.path)
         self.encoding, self.data, self.blocks = prepare.get_tokenizer(config.tokenizer), None, None

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 import config as settings
 import prepare
 import train
-from model import GPT, load_checkpoint
+from model import rope_frequencies
 
 FORMAT = "synthetic tasks 1"
 CONTENT = {"label", "task", "placement", "marker", "train_length", "seeds", "learning_rate", "validation", "tests", "rows", "run", "config"}
@@ -256,7 +256,7 @@ def open_model(config):
     """(model, id of the mark, identity of the checkpoint), on the CPU. Raises SystemExit where they do not fit together."""
     torch.manual_seed(config.seed)  # of the meta-attention that may be added
     model, checkpoint = train.load_saved(config)
-    identity = {"path": os.path.normpath(train.path_of(config)), "step": checkpoint["step"],
+    identity = {"path": os.path.normpath(train.checkpoint_path(config)), "step": checkpoint["step"],
                 "seed": checkpoint["settings"].get("seed"), "sha256_of_weights": train.sha256_of_weights(model)}
     encoding, kind = get_encoding(config.tokenizer), config.marker if config.placement != "none" else "none"
     if config.add_meta:
@@ -301,7 +301,7 @@ def ablated(model, row):
     def unturned(module, args):
         x, norm, meta, slots = args
         cos, sin = meta.rope
-        return x, norm, replace(meta, rope=(torch.full_like(cos, model.attention_scale), torch.zeros_like(sin))), slots
+        return x, norm, replace(meta, rope=(torch.full_like(cos, rope_frequencies(model.config)[1]), torch.zeros_like(sin))), slots
 
     model.config = replace(before, **changes.get(row, {}))
     if row == "no_pos_meta":  # angle 0 in meta-attention alone: there, between meta-tokens, exactly no position
@@ -530,12 +530,12 @@ class Run:
         os.makedirs(config.out_dir, exist_ok=True)
         if os.path.exists(self.checkpoint) and not config.overwrite:
             try:
-                state = load_checkpoint(self.checkpoint)
+                state = train.load_checkpoint(self.checkpoint)
             except ValueError as e:
                 raise SystemExit(f"error: {e}: --overwrite starts anew") from None
             if state.get("run") != self.identity:
                 raise SystemExit(f"error: {self.checkpoint} is of other settings: name another --label=, or --overwrite it")
-            self.model, self.lr = GPT.from_checkpoint(state), state["lr"]
+            self.model, self.lr = train.model_of(state), state["lr"]
             print(f"going on behind step {state['step']}")
         self.model.to(self.machine.device)
         steps = config.phase_steps * len(self.phases)

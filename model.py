@@ -14,7 +14,7 @@ import json
 import math
 import os
 import pickle
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -61,8 +61,9 @@ class GPTConfig:
             raise ValueError(f"yarn_scale={self.yarn_scale} needs RoPE, but pos={self.pos}")
         if self.meta_attention and self.meta_id is None:
             raise ValueError("meta_attention=True needs meta-tokens, but there are none (meta_id is None)")
-        if self.meta_id is not None and not 0 <= self.meta_id < self.vocab_size:
-            raise ValueError(f"meta_id={self.meta_id} is beyond vocab_size={self.vocab_size}")
+        if self.meta_id is not None and not 0 < self.text_vocab_size <= self.meta_id < self.vocab_size:
+            raise ValueError(f"meta_id={self.meta_id}: expected an id behind those of text, text_vocab_size={self.text_vocab_size}, "
+                             f"and below vocab_size={self.vocab_size}")
 
     @property
     def head_dim(self):
@@ -72,14 +73,14 @@ class GPTConfig:
 # ----------------------------------------------------------------------------------------------------------------------
 # Rotary positions
 
-def rope_frequencies(config):
+def rope_frequencies(config, device=None):
     """RoPE's angular frequencies, with YaRN inside (Peng et al. 2023, section 3: NTK-by-parts).
 
     Returns (inv_freq, attention_scale): float32 (head_dim / 2,), in radians per position, and the float by which
     cos and sin are scaled. With yarn_scale s <= 1 that is plain RoPE and 1.0.
     """
     d, s = config.head_dim, config.yarn_scale
-    inv_freq = config.rope_base ** (-torch.arange(0, d, 2, dtype=torch.float32) / d)
+    inv_freq = config.rope_base ** (-torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)
     if s <= 1:
         return inv_freq, 1.0
 
@@ -88,7 +89,7 @@ def rope_frequencies(config):
 
     low = max(math.floor(index_of(config.beta_fast)), 0)
     high = min(math.ceil(index_of(config.beta_slow)), d - 1)
-    ramp = ((torch.arange(d // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    ramp = ((torch.arange(d // 2, dtype=torch.float32, device=device) - low) / max(high - low, 1e-3)).clamp(0, 1)
     return inv_freq * (1 - ramp) + inv_freq / s * ramp, 0.1 * math.log(s) + 1.0
 
 
@@ -190,14 +191,15 @@ LOGITS_AT_ONCE = 2**28  # 1 GiB in float32
 class LinearCrossEntropy(torch.autograd.Function):
     """cross_entropy(x W^T, targets, ignore_index=-1), in nats, a chunk of rows at a time.
 
-    All the logits, (B T, vocab_size), would take more memory than the rest of the model. So each chunk's turn into its loss
-    and its gradients there and then, and are forgotten; backward has only to scale them.
+    All the logits, (B T, vocab_size), would take more memory than the rest of the model. So the logits of each chunk are turned
+    into its loss and its gradients at once, and freed; backward only scales these.
     """
     @staticmethod
     def forward(ctx, x, weight, targets, training):
         """x (N, C), weight (vocab_size, C), targets (N,): the mean over the targets that are not -1, a scalar."""
         rows, precise = max(LOGITS_AT_ONCE // len(weight), 1), torch.promote_types(x.dtype, torch.float32)
-        loss, grad_x, grad_weight = x.new_zeros((), dtype=precise), [], torch.zeros_like(weight, dtype=precise) if training else None
+        loss, grad_x = x.new_zeros((), dtype=precise), []
+        grad_weight = torch.zeros_like(weight, dtype=precise) if training else None
         for h, y in zip(x.split(rows), targets.split(rows)):
             is_target, y = (y >= 0).unsqueeze(1).to(precise), y.clamp(min=0).unsqueeze(1)
             product = F.linear(h, weight)                                            # (rows, vocab_size), as autocast says
@@ -240,8 +242,8 @@ class Slots:
 class KVCache:
     """The keys and values of attention, or of meta-attention, in every block, for B sequences of up to `size` tokens.
 
-    All memory is there from the start, and the device counts what is taken: each step of n tokens has the same shapes and
-    addresses, as a CUDA graph needs. is_static tells torch.compile so.
+    They are allocated once, and their length stays on the device: each step of n tokens has the same shapes and addresses,
+    which CUDA graphs need. is_static tells torch.compile so.
     """
 
     def __init__(self, n_layer, shape, dtype, device, is_static=False):
@@ -286,9 +288,6 @@ class GPT(nn.Module):
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
-        if config.pos == "rope":
-            inv_freq, self.attention_scale = rope_frequencies(config)
-            self.register_buffer("inv_freq", inv_freq, persistent=False)
 
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
@@ -300,12 +299,6 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        if self.config.pos == "rope":  # model.bfloat16() must not round the frequencies
-            self.inv_freq = rope_frequencies(self.config)[0].to(self.inv_freq.device)
-        return self
 
     def num_params(self):
         """Parameters without the table of learned positions, as GPT-2's are counted (124M)."""
@@ -364,10 +357,11 @@ class GPT(nn.Module):
 
     def _rope_tables(self, positions, is_meta):
         """cos and sin, (T, hs/2); or (B, 1, T, hs/2) when meta-tokens are turned by no angle ("No Pos", section 4)."""
-        angles = positions.unsqueeze(-1) * self.inv_freq                             # (T, hs/2), float32
+        inv_freq, attention_scale = rope_frequencies(self.config, positions.device)
+        angles = positions.unsqueeze(-1) * inv_freq                                  # (T, hs/2), float32
         if self.config.zero_meta_pos and is_meta is not None:
             angles = angles * ~is_meta[:, None, :, None]
-        return angles.cos() * self.attention_scale, angles.sin() * self.attention_scale
+        return angles.cos() * attention_scale, angles.sin() * attention_scale
 
     def _find_meta(self, is_meta, n_meta, rope):
         """The positions of the meta-tokens, each row's first; None if there are none."""
@@ -385,24 +379,21 @@ class GPT(nn.Module):
         return MetaTokens(index.unsqueeze(-1), padding.unsqueeze(-1), rope)
 
     def configure_optimizer(self, learning_rate, weight_decay=0.1, betas=(0.9, 0.95)):
-        """AdamW that decays matrices only, in its fused form where the device has one."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-                  {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=parameters[0].device.type in ("cuda", "cpu", "mps"))
+        """AdamW that decays matrices only."""
+        groups = [{"params": [p for p in self.parameters() if p.dim() >= 2], "weight_decay": weight_decay},
+                  {"params": [p for p in self.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Trained models
 
-    @classmethod
-    def from_checkpoint(cls, checkpoint):
-        """The model of a checkpoint of train.py (see load_checkpoint). Raises ValueError if its weights do not fit it."""
-        model = cls(GPTConfig(**checkpoint["model_config"]))
+    def with_weights(self, weights, source):
+        """This model with weights from a source, named where they do not fit. Raises ValueError."""
         try:
-            model.load_state_dict(checkpoint["model"])
+            self.load_state_dict(weights)
         except RuntimeError as e:
-            raise ValueError(f"the checkpoint is of another architecture: {' '.join(str(e).split())[:200]}") from None
-        return model
+            raise ValueError(f"{source} is of another architecture: {' '.join(str(e).split())[:200]}") from None
+        return self
 
     def reconfigured(self, **changes):
         """This model with other settings that leave the parameters as they are: block_size (but for learned positions),
@@ -412,9 +403,9 @@ class GPT(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, name, meta_id=None, meta_attention=False, dropout=0.0):
+    def from_pretrained(cls, name):
         """OpenAI's GPT-2 in Hugging Face's format. name: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with
-        config.json and pytorch_model.bin. With a meta_id, meta-tokens are added, see with_meta_tokens.
+        config.json and pytorch_model.bin. For meta-tokens see with_meta_tokens.
 
         Raises ValueError, with what to do, if it cannot be had or is no GPT-2.
         """
@@ -424,20 +415,14 @@ class GPT(nn.Module):
         if hf.get("model_type") != "gpt2":
             raise ValueError(f"{name} is no GPT-2: its config.json says model_type {hf.get('model_type')}")
         model = cls(GPTConfig(block_size=hf["n_positions"], vocab_size=hf["vocab_size"], n_layer=hf["n_layer"],
-                              n_head=hf["n_head"], n_embd=hf["n_embd"], dropout=dropout, bias=True, pos="absolute",
-                              meta_id=None, meta_attention=False))
-        weights = {key.removeprefix("transformer."): value for key, value in read_torch_file(weights_file).items()}
-        weights["lm_head.weight"] = weights["wte.weight"]
-        state = model.state_dict()
-        for key, own in state.items():
-            value = weights.get(key.removeprefix("transformer."))
-            if value is not None and key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                value = value.t()  # Hugging Face's Conv1D holds (in, out)
-            if value is None or value.shape != own.shape:
-                raise ValueError(f"{weights_file}: {key} of shape {tuple(own.shape)} is missing")
-            with torch.no_grad():
-                own.copy_(value)
-        return model if meta_id is None else model.with_meta_tokens(meta_id, meta_attention)
+                              n_head=hf["n_head"], n_embd=hf["n_embd"], bias=True, pos="absolute", meta_id=None, meta_attention=False))
+        weights = {"transformer." + key.removeprefix("transformer."): value for key, value in read_torch_file(weights_file).items()}
+        weights["lm_head.weight"] = weights.get("transformer.wte.weight")
+        weights = {key: weights[key] for key in model.state_dict() if key in weights}  # the file holds masks, too
+        for key in weights:
+            if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+                weights[key] = weights[key].t()  # Hugging Face's Conv1D holds (in, out)
+        return model.with_weights(weights, weights_file)
 
     @torch.no_grad()
     def with_meta_tokens(self, meta_id, meta_attention=True):
@@ -449,16 +434,11 @@ class GPT(nn.Module):
         vocab_size = max(self.config.vocab_size, pad_vocab(meta_id + 1))
         text = min(self.config.text_vocab_size, meta_id)
         model = GPT(replace(self.config, vocab_size=vocab_size, meta_id=meta_id, meta_attention=meta_attention, text_vocab_size=text))
-        state = model.state_dict()
-        for key, value in self.state_dict().items():
-            if key not in ("transformer.wte.weight", "lm_head.weight"):
-                state[key].copy_(value)
         embedding = self.transformer.wte.weight[:text]
-        model.transformer.wte.weight[:text] = embedding
-        model.transformer.wte.weight[text:] = embedding.mean(0)
-        for block in model.transformer.h:
-            if meta_attention:
-                nn.init.zeros_(block.meta_attn.c_proj.weight)
+        embedding = torch.cat([embedding, embedding.mean(0).expand(vocab_size - text, -1)])
+        model.load_state_dict(model.state_dict() | self.state_dict() | {"transformer.wte.weight": embedding, "lm_head.weight": embedding})
+        for block in model.transformer.h if meta_attention else ():
+            nn.init.zeros_(block.meta_attn.c_proj.weight)
         return model
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -470,30 +450,32 @@ class GPT(nn.Module):
         return torch.cat([idx, *self.stream(idx, max_new_tokens, *args, **kwargs)], dim=1)
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, meta_rate=0.0, seed=None,
-               generator=None, use_cache=True, compiled=False, on_full=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, meta_rate=0.0, seed=None, use_cache=True,
+               compiled=False):
         """Yields the tokens that follow the prompt idx (B, T), as (B, 1): max_new_tokens of text, and meta-tokens.
 
-        temperature 0 is greedy. A meta-token is never sampled: a schedule, drawn beforehand for the whole batch, has
-        round(meta_rate * block_size) of the positions 1..block_size-1 of each block of the sequence, and feeds one there.
-        When the window is full, generation goes on from its last half, re-based to position 0 (on_full is then called,
-        once). use_cache=False computes the same from the whole window each time. compiled=True compiles the step behind the prompt, on a
-        GPU into a CUDA graph, which takes a while.
+        temperature 0 is greedy. A meta-token is never sampled, but fed at places drawn beforehand for the whole batch:
+        round(meta_rate * block_size) of the positions 1..block_size-1 of each block of the sequence.
+        When the window is full, generation goes on from its last half, re-based to position 0. use_cache=False computes the same
+        from the whole window each time. compiled=True compiles the step behind the prompt, on a GPU into a CUDA graph, which
+        takes a while.
         Raises ValueError for an empty prompt, or a meta_rate for a model without meta-tokens.
         """
-        c, device = self.config, idx.device
+        c = self.config
         if idx.size(1) == 0:
             raise ValueError("an empty prompt: give at least one token")
         if meta_rate > 0 and c.meta_id is None:
             raise ValueError(f"meta_rate={meta_rate}, but the model has no meta-tokens")
-        if generator is None and temperature > 0:
-            generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
-        is_scheduled = self._schedule(meta_rate, generator, seed)
-        caches = self._new_caches(idx, max_new_tokens + round(meta_rate * c.block_size), compiled) if use_cache else ()
+        if seed is None:
+            seed = int(torch.randint(2**62, ())) if temperature > 0 else 0
+        generator = torch.Generator(idx.device).manual_seed(seed)
+        per_block = min(round(meta_rate * c.block_size), c.block_size - 1)
+        scheduled = self._schedule(per_block, (idx.size(1) + max_new_tokens) // (c.block_size - per_block) + 1, seed)
+        caches = self._new_caches(idx, max_new_tokens + per_block, compiled) if use_cache else ()
         step = torch.compile(self, mode="reduce-overhead", dynamic=False) if compiled else self
         window, new, position, is_prompt = idx, idx, idx.size(1), True  # new: what the caches have not seen
         for _ in range(max_new_tokens):
-            while is_scheduled(position):  # a meta-token is fed along with the text token before it, in one step
+            while position in scheduled:  # a meta-token is fed along with the text token before it, in one step
                 token = torch.full_like(idx[:, :1], c.meta_id)
                 window, new, position = torch.cat([window, token], 1), torch.cat([new, token], 1), position + 1
                 yield token
@@ -502,9 +484,6 @@ class GPT(nn.Module):
                 is_prompt = True
                 for cache in caches:
                     cache.clear()
-                if on_full:
-                    on_full()
-                    on_full = None
             seen = new if caches else window
             last = idx.new_full((idx.size(0), 1), seen.size(1) - 1)
             is_step = caches and not is_prompt
@@ -525,24 +504,15 @@ class GPT(nn.Module):
         shape = (idx.size(0), c.n_head, size, c.head_dim)
         return [KVCache(n_layer, shape, dtype, idx.device, is_static) for n_layer in (c.n_layer, c.n_layer if c.meta_attention else 0)]
 
-    def _schedule(self, meta_rate, generator, seed):
-        """A function of a position in the sequence: is a meta-token due there?"""
-        size, blocks = self.config.block_size, []
-        rng = torch.Generator().manual_seed(seed if seed is not None else generator.initial_seed() if generator else 0)
-
-        def is_scheduled(position):
-            while meta_rate > 0 and len(blocks) <= position // size:
-                blocks.append(set((torch.randperm(size - 1, generator=rng)[:round(meta_rate * size)] + 1).tolist()))
-            return meta_rate > 0 and position % size in blocks[position // size]
-
-        return is_scheduled
+    def _schedule(self, per_block, n_blocks, seed):
+        """The positions at which a meta-token is due: so many in each block of the sequence, none of them its first."""
+        size, rng = self.config.block_size, torch.Generator().manual_seed(seed)
+        return {block * size + 1 + place for block in range(n_blocks)
+                for place in torch.randperm(size - 1, generator=rng)[:per_block].tolist()}
 
     def _sample(self, logits, temperature, top_k, top_p, generator):
         """Next text tokens (B, 1) from logits (B, vocab_size)."""
-        c = self.config
-        logits = logits[:, :c.text_vocab_size].float()
-        if c.meta_id is not None and c.meta_id < c.text_vocab_size:
-            logits[:, c.meta_id] = -math.inf
+        logits = logits[:, :self.config.text_vocab_size].float()
         if temperature == 0:
             return logits.argmax(-1, keepdim=True)
         logits = logits / temperature
@@ -573,22 +543,6 @@ def read_torch_file(path):
         raise ValueError(f"{path} is not a checkpoint, or holds more than weights: refused") from None
     except Exception as e:  # a damaged file raises whatever its bytes lead to
         raise ValueError(f"{path} is truncated or damaged ({str(e).split(chr(10))[0][:100] or type(e).__name__})") from None
-
-
-def load_checkpoint(path):
-    """The dictionary that train.py saved: 'model', 'model_config', 'settings', 'optimizer', 'step', ...
-
-    path is a .pt file, or a folder that holds ckpt.pt. Raises ValueError, one line, if it is missing, truncated or
-    something else.
-    """
-    if not path.endswith(".pt"):
-        path = os.path.join(path, "ckpt.pt")
-    checkpoint = read_torch_file(path)
-    if not isinstance(checkpoint, dict) or not {"model", "model_config", "settings", "step"} <= checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint of train.py")
-    if differing := checkpoint["model_config"].keys() ^ {f.name for f in fields(GPTConfig)}:
-        raise ValueError(f"{path} was written by another version: its architecture differs in {', '.join(sorted(differing))}")
-    return checkpoint
 
 
 def find_pretrained(name, file):

@@ -21,7 +21,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import config as settings
 import prepare
-from model import GPT, GPTConfig, load_checkpoint, pad_vocab
+from model import GPT, GPTConfig, pad_vocab, read_torch_file
 
 FROM_CHECKPOINT = ("n_layer", "n_head", "n_embd", "bias", "pos", "rope_base", "beta_fast", "beta_slow", "meta_attention")
 MAY_OVERRIDE = ("block_size", "yarn_scale", "dropout", "zero_meta_pos", "zero_meta_embd")
@@ -130,7 +130,6 @@ class Blocks:
     def __init__(self, config, manifest, split):
         self.block_size, self.meta_id = manifest["block_size"], manifest["meta_id"]
         self.text_per_block = self.block_size - manifest["meta_per_block"]
-        self.dtype = np.dtype(np.uint16 if self.meta_id < 2**16 else np.uint32)
         shards = manifest["splits"][split]["shards"]
         self.paths = [os.path.join(prepare.folder_of(config), shard["file"]) for shard in shards]
         self.ends = np.cumsum([shard["tokens"] // self.block_size for shard in shards])
@@ -145,7 +144,7 @@ class Blocks:
         for row, number in zip(tokens, numbers):
             shard = int(np.searchsorted(self.ends, number, side="right"))
             start = int(number - (self.ends[shard - 1] if shard else 0)) * self.block_size
-            row[:] = np.fromfile(self.paths[shard], self.dtype, self.block_size + 1, offset=start * self.dtype.itemsize)
+            row[:] = np.fromfile(self.paths[shard], prepare.DTYPE, self.block_size + 1, offset=start * prepare.DTYPE.itemsize)
             if row.max() > self.meta_id:
                 raise SystemExit(f"error: {self.paths[shard]}: token id {row.max()} is beyond the vocabulary: "
                                  f"run {self.prepare_command} --overwrite")
@@ -223,8 +222,30 @@ def evaluate(model, blocks, config, machine):
 # ----------------------------------------------------------------------------------------------------------------------
 # Model and checkpoints
 
+def load_checkpoint(path):
+    """The dictionary that was saved: 'model', 'model_config', 'settings', 'optimizer', 'step', ...
+
+    path is a .pt file, or a folder that holds ckpt.pt. Raises ValueError, one line, if it is missing, truncated or
+    something else.
+    """
+    if not path.endswith(".pt"):
+        path = os.path.join(path, "ckpt.pt")
+    checkpoint = read_torch_file(path)
+    if not isinstance(checkpoint, dict) or not {"model", "model_config", "settings", "step"} <= checkpoint.keys():
+        raise ValueError(f"{path} is not a checkpoint of train.py")
+    if differing := checkpoint["model_config"].keys() ^ {f.name for f in fields(GPTConfig)}:
+        raise ValueError(f"{path} was written by another version: its architecture differs in {', '.join(sorted(differing))}")
+    return checkpoint
+
+
+def model_of(checkpoint):
+    """Its model, on the CPU. Raises ValueError if the weights do not fit."""
+    return GPT(GPTConfig(**checkpoint["model_config"])).with_weights(checkpoint["model"], "the checkpoint")
+
+
 def load_saved(config):
-    """load_trained, of what the config's run has saved, not of what it began with; unless the command line names a model."""
+    """load_trained, of the checkpoint in out_dir even where a config file's init_from names the model that the run began with;
+    --init_from= on the command line wins."""
     if config.origin.get("init_from") != "command line":
         config.init_from = "resume"
     return load_trained(config)
@@ -238,13 +259,11 @@ def load_trained(config):
     """
     try:
         if is_pretrained(config.init_from):
-            adopt_tokenizer(config, "gpt2")
-            model, checkpoint = GPT.from_pretrained(config.init_from), NO_CHECKPOINT
+            model, checkpoint, tokenizer = GPT.from_pretrained(config.init_from), NO_CHECKPOINT, "gpt2"
         else:
-            checkpoint = load_checkpoint(path_of(config))
-            adopt_tokenizer(config, checkpoint["settings"]["tokenizer"])
-            model = GPT.from_checkpoint(checkpoint)
-        adopt(config, asdict(model.config))
+            checkpoint = load_checkpoint(checkpoint_path(config))
+            model, tokenizer = model_of(checkpoint), checkpoint["settings"]["tokenizer"]
+        adopt(config, asdict(model.config) | {"tokenizer": tokenizer})
         overrides = {name: getattr(config, name) for name in MAY_OVERRIDE}
         if config.pos == "absolute":  # the table of positions stays as it is
             if config.block_size > model.config.block_size:
@@ -256,7 +275,7 @@ def load_trained(config):
         raise config.error(e) from None
 
 
-def path_of(config):
+def checkpoint_path(config):
     """Where load_trained reads: out_dir for a run's own checkpoint."""
     return config.out_dir if config.init_from in ("resume", "scratch") else config.init_from
 
@@ -273,17 +292,11 @@ def sha256_of_weights(model):
     return digest.hexdigest()
 
 
-def adopt_tokenizer(config, name):
-    if config.given("tokenizer") and config.tokenizer != name:
-        raise config.error(f"tokenizer={config.tokenizer}, but the checkpoint reads {name}")
-    config.tokenizer = name
-
-
-def adopt(config, model_config):
-    """Takes the architecture from a checkpoint. Meta-attention may be asked of a model without meta-tokens."""
-    for name in FROM_CHECKPOINT + MAY_OVERRIDE:
-        value, asked = model_config[name], getattr(config, name)
-        if (name in MAY_OVERRIDE and config.given(name)) or (name == "meta_attention" and model_config["meta_id"] is None):
+def adopt(config, found):
+    """Takes architecture and tokenizer from a checkpoint. Meta-attention may be asked of a model without meta-tokens."""
+    for name in ("tokenizer", *FROM_CHECKPOINT, *MAY_OVERRIDE):
+        value, asked = found[name], getattr(config, name)
+        if (name in MAY_OVERRIDE and config.given(name)) or (name == "meta_attention" and found["meta_id"] is None):
             continue
         if config.origin.get(name) == "command line" and asked != value:
             raise config.error(f"{name}={asked}, but the checkpoint has {value}: leave it out, or train from scratch")

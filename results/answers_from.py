@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import eval_synthetic
-from model import GPT, load_checkpoint
+from train import load_checkpoint, model_of
 
 EXAMPLES = 400
 
@@ -24,7 +24,7 @@ def offers(prompt):
 
 for path in sys.argv[1:]:
     checkpoint = load_checkpoint(path)
-    model, stream = GPT.from_checkpoint(checkpoint).eval(), eval_synthetic.Stream(**checkpoint["run"]["stream"])
+    model, stream = model_of(checkpoint).eval(), eval_synthetic.Stream(**checkpoint["run"]["stream"])
     right = in_queried = in_any = 0
     for number in range(EXAMPLES):
         example = eval_synthetic.draw(stream, "test", checkpoint["run"]["train_length"], number)
