@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The study of README's "Results": pre-trains four models a seed, tunes each with every mark, measures, draws the figure.
 #
-#     results/study.sh                                      # a day of two cores; SEEDS="1 2": these alone; JOBS=4: so many at a time
+#     results/study.sh                                      # days of two cores; SEEDS="1 2": these alone; JOBS=4: so many at a time
 #     results/study.sh config/study_gpu.py --source=FOLDER  # larger models, on a GPU; settings behind the config go to every command
 #
 # WORKERS=4 has four processes draw examples for each job, which a GPU with GPT-2's BPE needs; LIST=1 only lists the commands.
@@ -77,7 +77,13 @@ more_models() {  # of the first seed: four times as many steps, learned position
     echo "data --dataset=study_periodic --meta_placement=periodic && pretrain periodic $first --dataset=study_periodic --meta_placement=periodic"
 }
 
-variants() {  # settings of Copying...: these, tuned; and a window four times as long by YaRN
+beyond() {  # tuned on up to 512 tokens, and measured far beyond: as trained, and with YaRN
+    local settings="--block_size=1024 --train_length=512 --phase_steps=1000 --val_interval=200 --eval_lengths=256,512,768,1024,1280 --rows=full"
+    lines copying task $settings | sed "s/'\(.*\)'/'no YaRN, \1'/; / meta 'no/s/\$/,no_pos/"
+    seeds=$first lines copying task $settings | sed "s/'\(.*\)'/'YaRN, \1'/; / meta 'YaRN/s/\$/,no_pos/; s/\$/ --yarn_scale=4/"
+}
+
+variants() {  # settings of Copying...: these, tuned
     echo "tune gpt2long $first copying task text 'long, B GPT-2, #' $*"
     echo "tune long $first copying task meta 'long, D meta' $*"
     echo "tune gpt2long $first copying none none 'long, A GPT-2' $* $everywhere"
@@ -89,11 +95,6 @@ variants() {  # settings of Copying...: these, tuned; and a window four times as
     for model in k05 k20 periodic; do
         echo "tune $model $first copying task meta '$model, D meta' $*"
     done
-    local extended="--block_size=1024 --train_length=512 --phase_steps=1000 --val_interval=200 --eval_lengths=256,512,768,1024,1280"
-    echo "tune gpt2 $first copying task text 'YaRN, B GPT-2, #' $extended --rows=full --yarn_scale=4"
-    echo "tune meta $first copying task meta 'YaRN, D meta' $extended --rows=full,no_pos --yarn_scale=4"
-    echo "tune gpt2 $first copying task text 'no YaRN, B GPT-2, #' $extended --rows=full"
-    echo "tune meta $first copying task meta 'no YaRN, D meta' $extended --rows=full,no_pos"
 }
 
 [ -n "$LIST" ] || { data; data $plain; }
@@ -117,17 +118,21 @@ fi
             echo "tune meta $seed copying all meta 'D meta at 4e-3' $copying $everywhere --task_lr=4e-3"
         done
         rates copying task $copying
+        beyond
         variants $copying
     fi
 } | together
 [ -n "$LIST" ] && exit
 shown=(results/?_*_{copying,list_recall}_*_"${length}"_s*.json)
-python eval_synthetic.py --plot "${shown[@]}"
 mkdir -p "results/$name"
-cp "${shown[@]}" results/synthetic.png "results/$name/"
 if [ "$name" = study ]; then
-    mkdir -p results/study/rates results/study/variants
+    mkdir -p results/study/{rates,beyond,variants}
+    python eval_synthetic.py --plot results/{YaRN,no_YaRN}_*.json
+    cp results/synthetic.png results/study/beyond.png
     cp results/rate_*.json results/study/rates/
-    cp results/{?_*_segment_counting,?_*_parity,long,learned,k05,k20,periodic,YaRN,no_YaRN}*.json results/study/variants/
+    cp results/{YaRN,no_YaRN}_*.json results/study/beyond/
+    cp results/{?_*_segment_counting,?_*_parity,long,learned,k05,k20,periodic}*.json results/study/variants/
 fi
+python eval_synthetic.py --plot "${shown[@]}"
+cp "${shown[@]}" results/synthetic.png "results/$name/"
 tail -n 1 "$OUT"/*_s?/log.jsonl > "results/$name/pretraining.txt"
