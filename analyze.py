@@ -613,9 +613,11 @@ def recall_lines(subject, sizes):
                            "tune with another --label=")
     if len(lengths) > 1:
         raise config.error(f"compare={config.compare}: tuned at different lengths, {', '.join(map(str, sorted(lengths)))} tokens")
-    for c in (reader.model.config for reader in readers):
+    for reader in readers:
+        c = reader.model.config
         if c.pos == "absolute" and c.block_size < length:
-            raise config.error(f"compare={config.compare}: tuned on {length} tokens, but learned positions end at {c.block_size}")
+            raise config.error(f"compare={config.compare}: prompts of {length} tokens, but the learned positions of {reader.label} end at "
+                               f"{c.block_size}")
     if length < shortest:
         raise config.error(f"train_length={config.train_length}, block_size={config.block_size}: List Recall needs {shortest} tokens")
     lines, names = [], {"meta": "the mark behind the queried list", "text": "the text token before that",
@@ -656,7 +658,7 @@ def rate_distortion(subject):
     panels[f"List Recall: the answer's first token, where it is predicted\n(prompts of up to {length} tokens)"] = at_answer
     if within:
         panels[f"List Recall: the answer, from far before it\n(within {subject.label})"] = within
-    if subject.knows_plain_text:
+    if subject.compares_plain_text:
         panels[f"Plain text: the next text token\n(within {subject.label})"] = next_token_lines(subject, sizes)
     findings = {"theorem": THEOREM, "betas": listed(BETAS), "seeds": config.bottleneck_seeds, "panels": [],
                "seeds_are": "of initial weights, noise and order: their range leaves out the choice of examples"}
@@ -831,8 +833,9 @@ class Subject:
             raise config.error(f"what={config.what}: {', '.join(lacking)}: the checkpoint has no meta-tokens; it allows "
                                "--what=rate_distortion,perplexity")
         train.adopt_settings(config, self.checkpoint, ("meta_rate", "meta_placement", *(() if config.given("dataset") else DATA)))
-        self.knows_plain_text = self.model.config.meta_id is not None and "run" not in self.checkpoint  # tuned, it has forgotten it
-        if NEED_TEXT & {*names} or ("rate_distortion" in names and self.knows_plain_text):
+        # of rate_distortion: without meta-tokens there is nothing to compare, and a tuned model has forgotten plain text
+        self.compares_plain_text = self.model.config.meta_id is not None and "run" not in self.checkpoint
+        if NEED_TEXT & {*names} or ("rate_distortion" in names and self.compares_plain_text):
             self.open_data()
         self.model.to(self.device).eval()
 
@@ -898,7 +901,7 @@ def main(argv=None):
     except BrokenExecutor:
         raise SystemExit("error: a worker was killed, for want of memory perhaps") from None
     except torch.OutOfMemoryError:
-        raise SystemExit("error: the device has too little memory: try --device=cpu, or fewer --what=") from None
+        raise SystemExit("error: the device has too little memory: try --device=cpu; the parts that are written stay") from None
     except OSError as e:
         raise SystemExit(f"error: {e.filename or config.out_dir}: {e.strerror}") from None
 

@@ -4,9 +4,9 @@
     python bench.py --what=meta,generation                # these parts alone; choices (micro-batch, attention's kernel) only so
     python bench.py --gpu                                 # GPT-2's size, vocabulary and window, beside nanoGPT's way to run it
 
-Prints a table and writes results/bench_<device>.json, the device followed by the parts where some were named. Rows of a group
-take turns, so that a machine that slows down slows them all, and each reports the best of its rounds: what disturbs a
-measurement only ever adds to it.
+Prints a table and writes results/bench_<device>.json (before its end: .part), the device followed by the parts where some were
+named. Rows of a group take turns, so that a machine that slows down slows them all, and each reports the best of its rounds: what
+disturbs a measurement only ever adds to it.
 """
 import contextlib
 import itertools
@@ -64,7 +64,7 @@ def reset_peak(machine):
 
 
 def peak_bytes(machine):
-    """Peak memory since then, with all that lies there: the device's on CUDA, the process's resident set on Linux, else None."""
+    """Peak memory since reset_peak: the device's on CUDA, the process's resident set on Linux, else None."""
     if machine.type == "cuda":
         return torch.cuda.max_memory_allocated()
     if not os.path.exists("/proc/self/status"):
@@ -75,8 +75,8 @@ def peak_bytes(machine):
 
 def compare(group, variants, machine, rounds=ROUNDS):
     """Times variants, {name: function that does the work once and returns (tokens, flops or None)}, in turns. The first
-    is what the others are a ratio of; spread is how far the median lies above the best; memory is with the weights of all
-    variants. Returns rows."""
+    is what the others are a ratio of; spread is how far the median lies above the best; memory is with the weights
+    and optimizers of all variants. Returns rows."""
     seconds, peaks, tokens, flops = {}, {}, {}, {}
     for turn in range(rounds + 1):
         for name, work in variants.items():
@@ -278,8 +278,8 @@ def reading(config, shape, machine):
 
 
 def generation(config, shape, machine):
-    """Text tokens from a prompt of one: without caches, with them, compiled; then, compiled where training is, with meta-tokens,
-    per text token and per position fed; on a GPU several sequences at a time; and the first token alone."""
+    """500 (on a GPU 1,000) text tokens from a prompt of one: without caches, with them, compiled. Then, compiled where training is,
+    500 with meta-tokens, per text token and per position fed; on a GPU several sequences at a time. And, eager, the first token."""
     torch.manual_seed(0)
     model = GPT(shape).to(machine.device, machine.dtype).eval()
 
@@ -360,9 +360,10 @@ def main(argv=None):
     for name in names:
         torch._dynamo.reset()  # it compiles a function eight times at most
         rows += every[name](config, shape, machine)
-        prepare.write_json(path, {"device": machine.name(), "processor": machine.processor(), "cores": os.cpu_count(),
-                                  "torch": torch.__version__, "dtype": str(machine.dtype), "batch_size": config.batch_size,
-                                  "model": asdict(shape), "rows": rows})  # what was measured stays, whatever comes next
+        prepare.write_json(path + ".part", {  # should a later part run out of time or memory
+            "device": machine.name(), "processor": machine.processor(), "cores": os.cpu_count(), "torch": torch.__version__,
+            "dtype": str(machine.dtype), "batch_size": config.batch_size, "model": asdict(shape), "rows": rows})
+    os.replace(path + ".part", path)
     print(f"written to {path}")
 
 

@@ -104,7 +104,7 @@ TASKS = {function.__name__: function for function in (list_recall, segment_count
 class Stream:
     """What examples depend on, apart from split, length and number."""
     task: str
-    placement: str      # marks at what is asked for ('task', as in the paper), at all units alike, as many at 'random', or 'none'
+    placement: str      # marks at what is asked for ('task', as in the paper), at all units alike ('all'), anywhere ('random'), or 'none'
     mark: int | None    # its id; None: no marks
     tokenizer: str
     seed: int           # of training examples; validation and test are the same for all
@@ -371,17 +371,6 @@ def wilson(hits, n):
 # ----------------------------------------------------------------------------------------------------------------------
 # Fine-tuning
 
-def numbers(config, name, kind, expected):
-    """A setting of numbers above 0 with commas between them, as a list. Raises SystemExit."""
-    try:
-        values = [kind(part) for part in getattr(config, name).split(",")]
-    except ValueError:
-        values = [0]
-    if not all(0 < value < math.inf for value in values):
-        raise config.error(f"{name}={getattr(config, name)}: expected {expected}")
-    return values
-
-
 def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
     """Trains the model on the answers of one curriculum; with `save` it saves as it goes, to be called again with that state.
 
@@ -484,12 +473,12 @@ class Run:
 
     def __init__(self, config, pool, machine):
         self.config, self.pool, self.machine = config, pool, machine
+        self.lengths = config.numbers("eval_lengths", int, "lengths in tokens, such as 128,256,512")
+        self.rates = config.numbers("task_lr", float, "learning rates above 0, such as 3e-4 or 1e-4,3e-4,1e-3")
         self.model, mark, self.pretrained = open_model(config)
         encoding = get_encoding(config.tokenizer)
         self.marker, self.placement = ("none", "none") if mark is None else (config.marker, config.placement)
         self.stream = Stream(config.task, self.placement, mark, config.tokenizer, config.seed)
-        self.lengths = numbers(config, "eval_lengths", int, "lengths in tokens, such as 128,256,512")
-        self.rates = numbers(config, "task_lr", float, "learning rates above 0, such as 3e-4 or 1e-4,3e-4,1e-3")
         shortest = min_length(config.task, encoding)
         for name, length in (("train_length", config.train_length), *(("eval_lengths", length) for length in self.lengths)):
             if length < shortest:

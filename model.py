@@ -10,6 +10,7 @@ What is notable, against GPT-2 and nanoGPT:
 
 Shapes: B sequences, T tokens, M meta-tokens of a sequence (at most), C width, nh heads of size hs.
 """
+import itertools
 import json
 import math
 import os
@@ -387,8 +388,8 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------------------------------------------------------
     # Trained models
 
-    def with_weights(self, weights, source):
-        """This model with weights from a source, named where they do not fit. Raises ValueError."""
+    def take_weights(self, weights, source):
+        """Takes over weights from a source, which is named where they do not fit, and returns itself. Raises ValueError."""
         try:
             self.load_state_dict(weights)
         except RuntimeError as e:
@@ -396,7 +397,7 @@ class GPT(nn.Module):
         return self
 
     def reconfigured(self, **changes):
-        """This model with other settings that leave the parameters as they are: block_size (but for learned positions),
+        """A copy of this model with other settings that leave the parameters as they are: block_size (but for learned positions),
         yarn_scale, dropout, zero_meta_pos, zero_meta_embd. Raises ValueError where they do not fit together."""
         model = GPT(replace(self.config, **changes))
         model.load_state_dict(self.state_dict())
@@ -422,7 +423,7 @@ class GPT(nn.Module):
         for key in weights:
             if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
                 weights[key] = weights[key].t()  # Hugging Face's Conv1D holds (in, out)
-        return model.with_weights(weights, weights_file)
+        return model.take_weights(weights, weights_file)
 
     @torch.no_grad()
     def with_meta_tokens(self, meta_id, meta_attention=True):
@@ -470,14 +471,14 @@ class GPT(nn.Module):
             seed = int(torch.randint(2**62, ())) if temperature > 0 else 0
         generator = torch.Generator(idx.device).manual_seed(seed)
         per_block = min(round(meta_rate * c.block_size), c.block_size - 1)
-        scheduled = self._schedule(per_block, (idx.size(1) + max_new_tokens) // (c.block_size - per_block) + 1, seed)
+        is_due = itertools.islice(self._schedule(per_block, seed), idx.size(1), None)
         caches = self._new_caches(idx, max_new_tokens + per_block, compiled) if use_cache else ()
         step = torch.compile(self, mode="reduce-overhead", dynamic=False) if compiled else self
-        window, new, position, is_prompt = idx, idx, idx.size(1), True  # new: what the caches have not seen
+        window, new, is_prompt = idx, idx, True  # new: what the caches have not seen
         for _ in range(max_new_tokens):
-            while position in scheduled:  # a meta-token is fed along with the text token before it, in one step
+            while next(is_due):  # a meta-token is fed along with the text token before it, in one step
                 token = torch.full_like(idx[:, :1], c.meta_id)
-                window, new, position = torch.cat([window, token], 1), torch.cat([new, token], 1), position + 1
+                window, new = torch.cat([window, token], 1), torch.cat([new, token], 1)
                 yield token
             if window.size(1) > c.block_size:
                 window = new = window[:, -(max(c.block_size // 2, 1)):]
@@ -492,7 +493,7 @@ class GPT(nn.Module):
             logits = run(seen, n_meta=n_meta, at=last, caches=caches, is_prompt=is_prompt)[0][:, 0]
             is_prompt = False
             new = self._sample(logits, temperature, top_k, top_p, generator)
-            window, position = torch.cat([window, new], 1), position + 1
+            window = torch.cat([window, new], 1)
             yield new
 
     def _new_caches(self, idx, more, is_static):
@@ -504,11 +505,12 @@ class GPT(nn.Module):
         shape = (idx.size(0), c.n_head, size, c.head_dim)
         return [KVCache(n_layer, shape, dtype, idx.device, is_static) for n_layer in (c.n_layer, c.n_layer if c.meta_attention else 0)]
 
-    def _schedule(self, per_block, n_blocks, seed):
-        """The positions at which a meta-token is due: so many in each block of the sequence, none of them its first."""
+    def _schedule(self, per_block, seed):
+        """For one position of the sequence after the other: is a meta-token due? At so many of each block, never its first."""
         size, rng = self.config.block_size, torch.Generator().manual_seed(seed)
-        return {block * size + 1 + place for block in range(n_blocks)
-                for place in torch.randperm(size - 1, generator=rng)[:per_block].tolist()}
+        while True:
+            places = set(torch.randperm(size - 1, generator=rng)[:per_block].tolist())
+            yield from (position - 1 in places for position in range(size))
 
     def _sample(self, logits, temperature, top_k, top_p, generator):
         """Next text tokens (B, 1) from logits (B, vocab_size)."""

@@ -63,8 +63,9 @@ def run(config):
     prompt = torch.tensor(np.array(prompt), device=device).unsqueeze(0)
     options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "meta_rate": config.meta_rate,
                "seed": config.seed, "compiled": config.compile == "true"}
-    if prompt.size(1) + config.max_new_tokens / (1 - config.meta_rate) > model.config.block_size:
-        print(f"[longer than the window of {model.config.block_size} tokens: full, it goes on from its last half]", file=sys.stderr)
+    if prompt.size(1) + (config.max_new_tokens - 1) / (1 - config.meta_rate) > model.config.block_size:
+        print(f"[longer than the window of {model.config.block_size} tokens: each time it is full, generation goes on from its last half]",
+              file=sys.stderr)
     if not config.stream:
         for i, tokens in enumerate(model.generate(prompt.repeat(config.num_samples, 1), config.max_new_tokens, **options)):
             print(("-" * 40 + "\n" if i else "") + decode(encoding, tokens.tolist(), config.show_meta))

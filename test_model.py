@@ -1610,7 +1610,9 @@ def test_bad_checkpoints_are_refused_in_one_line(prepared):
 
     assert "n_layer=5, but the checkpoint has 2" in refused("--n_layer=5")
     assert "n_layer=5, but the checkpoint has 2" in refusal(train.main, [*SMALL, "--n_layer=5", "--init_from=resume"])
-    assert "tokenizer=gpt2, but the checkpoint has bytes" in refused("--tokenizer=gpt2")
+    open("bpe.py", "w").write('tokenizer = "gpt2"')
+    for tokenizer in ("--tokenizer=gpt2", "bpe.py"):
+        assert "tokenizer=gpt2, but the checkpoint has bytes" in refused(tokenizer)
     for name, data in {"truncated": content[:len(content) // 2], "text": b"hello", "byte": b"\x80",
                        "malicious": pickle.dumps(Malicious(), protocol=2)}.items():
         open(f"{name}.pt", "wb").write(data)

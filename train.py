@@ -240,7 +240,7 @@ def load_checkpoint(path):
 
 def model_of(checkpoint):
     """Its model, on the CPU. Raises ValueError if the weights do not fit."""
-    return GPT(GPTConfig(**checkpoint["model_config"])).with_weights(checkpoint["model"], "the checkpoint")
+    return GPT(GPTConfig(**checkpoint["model_config"])).take_weights(checkpoint["model"], "the checkpoint")
 
 
 def load_saved(config):
@@ -296,9 +296,10 @@ def adopt(config, found):
     """Takes architecture and tokenizer from a checkpoint. Meta-attention may be asked of a model without meta-tokens."""
     for name in ("tokenizer", *FROM_CHECKPOINT, *MAY_OVERRIDE):
         value, asked = found[name], getattr(config, name)
+        was_asked = config.given(name) if name == "tokenizer" else config.origin.get(name) == "command line"
         if (name in MAY_OVERRIDE and config.given(name)) or (name == "meta_attention" and found["meta_id"] is None):
             continue
-        if config.origin.get(name) == "command line" and asked != value:
+        if was_asked and asked != value:
             raise config.error(f"{name}={asked}, but the checkpoint has {value}: leave it out, or train from scratch")
         setattr(config, name, value)
 
@@ -649,7 +650,8 @@ def train(config):
 
     stop_request.restore()
     if stop:
-        raise SystemExit(128 + int(stop))  # as shells count: what waits behind && does not begin
+        # as shells count, so that what waits behind && does not begin; of the first alone, as torchrun ends all when one fails
+        raise SystemExit(128 + int(stop) if machine.rank == 0 else 0)
     if machine.rank == 0:
         print(f"\n{config.out_dir}: ckpt.pt, best.pt ({best:.4f}), log.jsonl, loss.png. A sample:\n")
         encoding = prepare.get_tokenizer(config.tokenizer)

@@ -9,6 +9,7 @@ script, and each script reads the settings that concern it.
 import ast
 import difflib
 import inspect
+import math
 import re
 import sys
 from dataclasses import dataclass, fields
@@ -25,7 +26,7 @@ class Config:
     meta_placement: str = "random"      # 'random' (uniform, the paper's) or 'periodic'
     val_fraction: float = 0.0005        # share of the documents held out for validation
     max_tokens: int = 0                 # stop preparing after this many text tokens; 0: the whole source
-    workers: int = 0                    # processes that tokenise; 0: one per core
+    workers: int = 0                    # processes that tokenise or draw examples; 0: one per core
     verify: bool = False                # prepare.py: only check the checksums of what is there
 
     # Model
@@ -130,6 +131,16 @@ class Config:
         if unknown := set(names) - set(every):
             raise self.error(f"what={self.what}: no part {', '.join(sorted(unknown))}; there are {', '.join(every)}")
         return names
+
+    def numbers(self, name, kind, expected):
+        """A setting of numbers above 0 with commas between them, as a list. Raises SystemExit."""
+        try:
+            values = [kind(part) for part in getattr(self, name).split(",")]
+        except ValueError:
+            values = [0]
+        if not all(0 < value < math.inf for value in values):
+            raise self.error(f"{name}={getattr(self, name)}: expected {expected}")
+        return values
 
 
 SETTINGS = {f.name: f.type for f in fields(Config)}
