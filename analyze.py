@@ -441,7 +441,7 @@ def attention(subject):
     axes["queries"].set(title="attention on meta-tokens by query", xlabel="query", ylabel="share of attention, mean over layers and heads")
     for name in ("layers", "queries"):
         axes[name].legend()
-    figure.suptitle(f"One prompt of {T} tokens, {len(places)} of them meta-tokens")
+    figure.suptitle(f"One prompt of {T} tokens, {len(places)} of them meta-tokens (red squares)")
     said = [f"{kind} queries give meta-tokens {100 * share[kind].mean():.1f}% of their attention ({100 * uniform[rows].mean():.1f}% if "
             f"uniform, {100 * share[kind].max():.1f}% in one head)" for kind, rows in queries.items()]
     return findings, figure, ("; ".join(said), f"one prompt of {T} tokens, {len(places)} of them meta-tokens")
@@ -793,10 +793,11 @@ def heat_map(ax, values, label, limits=None, cmap="RdBu_r"):
 
 
 def token_axis(axis, names):
-    """Ticks with the names of tokens, meta-tokens in red."""
-    axis.set_ticks(range(len(names)), labels=names, fontsize=9 if len(names) < 60 else 6, family="monospace")
-    for name, tick in zip(names, axis.get_ticklabels()):
-        tick.set(color=COLORS["meta"] if name == prepare.META else "black", rotation=90 if axis.axis_name == "x" else 0)
+    """Ticks with the names of tokens, a red square for meta-tokens."""
+    shown = ["■" if name == prepare.META else name for name in names]
+    axis.set_ticks(range(len(names)), labels=shown, fontsize=9 if len(names) < 60 else 6, family="monospace")
+    for name, tick in zip(shown, axis.get_ticklabels()):
+        tick.set(color=COLORS["meta"] if name == "■" else "black", rotation=90 if axis.axis_name == "x" and len(name) > 1 else 0)
 
 
 def labels(encoding, tokens):
