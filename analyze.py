@@ -361,7 +361,7 @@ def residual(subject):
         ax = axes[f"map of {kind}"]
         heat_map(ax, example[kind], "cosine similarity", limits=(-1, 1))
         token_axis(ax.xaxis, tokens)
-        ax.set(title=f"one example, {title}: similarity with each token", ylabel="after block")
+        ax.set(title=f"one example, {title}: similarity with each token", ylabel="after block", yticks=range(layers))
     figure.suptitle(f"Residual stream: {n:,} meta-tokens of {n_blocks} validation blocks; 95% intervals over blocks")
     far = np.searchsorted(edges, edges[-1] // 4)
     said = {kind: f"{text_of(curves[kind][:, -1, 0])} and {text_of(curves[kind][:, -1, far])}" for kind in kinds}
@@ -827,6 +827,7 @@ class Subject:
         self.config, self.device = config, train.pick_device(config)[0]
         self.model, self.checkpoint = train.load_saved(config)
         self.path = train.checkpoint_path(config)
+        self.commit = eval_synthetic.commit()  # now: what is written may itself be part of the repository
         self.folder, self.sha256 = folder_of(config, self.path), train.sha256_of_weights(self.model)
         self.label = config.label or label_of(self.checkpoint, self.path)
         self.encoding, self.data, self.blocks = prepare.get_tokenizer(config.tokenizer), None, None
@@ -880,7 +881,7 @@ def write(subject, name, argv, findings, figure, summary):
     prepare.write_json(f"{path}.json", {
         "what": name, "summary": summary, "figures": findings, "command": shlex.join(["python", "analyze.py", *argv]),
         "checkpoint": {"path": subject.path, "step": subject.checkpoint["step"], "sha256_of_weights": subject.sha256},
-        "model": asdict(subject.model.config), "data": subject.data, "commit": eval_synthetic.commit(), "device": str(subject.device),
+        "model": asdict(subject.model.config), "data": subject.data, "commit": subject.commit, "device": str(subject.device),
         "torch": torch.__version__, "config": asdict(subject.config)})
     figure.savefig(f"{path}.png.tmp", format="png", dpi=100)
     os.replace(f"{path}.png.tmp", f"{path}.png")
