@@ -38,6 +38,7 @@ FORMAT = "synthetic tasks 1"
 CONTENT = {"label", "task", "placement", "marker", "train_length", "seeds", "learning_rate", "validation", "tests", "rows", "run", "config"}
 FIRST_PHASE = 64                     # tokens; every further phase of the curriculum is twice as long
 EVAL_TOKENS = 16384                  # positions in a batch of evaluation
+TUNE_TOKENS = 32768                  # positions in a micro-batch of fine-tuning: about 20 GB for GPT-2
 GENERATED = 256                      # examples that are also generated freely
 SOLVED = 0.99                        # exact match on validation at which stop_solved stops
 TEST_SEED = 0                        # of validation and test: the same examples for every run, so that runs can be compared
@@ -450,15 +451,18 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
             torch.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
         n_meta = meta_bound(model, x)
         x, at, y = (t.to(device, non_blocking=True) for t in (x, at, y))
-        with machine.autocast():
-            loss = forward(x, y, n_meta=n_meta, at=at)[1]
-        scaler.scale(loss).backward()
+        rows, n_targets = max(TUNE_TOKENS // x.size(1), 1), (y >= 0).sum()
+        for own_x, own_at, own_y in zip(x.split(rows), at.split(rows), y.split(rows)):
+            with machine.autocast():
+                loss = forward(own_x, own_y, n_meta=n_meta, at=own_at)[1] * ((own_y >= 0).sum() / n_targets)
+            scaler.scale(loss).backward()
+            loss_sum += loss.detach()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        loss_sum, summed, step = loss_sum + loss.detach(), summed + 1, step + 1
+        summed, step = summed + 1, step + 1
         if step % config.log_interval == 0:
             left = (time.monotonic() - started) / (step - first_step) * (steps - step)
             left = min(left, 60 * (minutes - clock())) if minutes else left

@@ -1144,6 +1144,16 @@ def test_a_tiny_model_learns_a_tiny_task_and_generates_what_it_is_measured_by(mo
     assert (eval_synthetic.measure_generation(model, run.validation, run.machine) == correct).all()
 
 
+def test_micro_batches_of_tuning_take_the_same_steps(monkeypatch):
+    run, models, losses = small_run(monkeypatch, "spell"), [small_model() for _ in range(2)], []
+    for model, tokens in zip(models, (1 << 15, 320)):  # 16 examples at once, and 5 at a time, with answers of unequal lengths
+        monkeypatch.setattr(eval_synthetic, "TUNE_TOKENS", tokens)
+        losses.append(eval_synthetic.fine_tune(run, model, 3e-3, 3, 0.0)[-1]["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for a, b in zip(*(model.parameters() for model in models)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
 def test_tuning_ends_when_validation_is_solved_or_time_is_up(monkeypatch, tmp_path):
     run = small_run(monkeypatch, "spell")
     run.checkpoint, run.identity, run.lr = str(tmp_path / "tuned.pt"), {}, {}
