@@ -80,7 +80,7 @@ more_models() {  # of the first seed: four times as many steps, learned position
 beyond() {  # tuned on up to 512 tokens, and measured far beyond: as trained, and with YaRN
     local settings="--block_size=1024 --train_length=512 --phase_steps=1000 --val_interval=200 --eval_lengths=256,512,768,1024,1280 --rows=full"
     lines copying task $settings | sed "s/'\(.*\)'/'no YaRN, \1'/; / meta 'no/s/\$/,no_pos/"
-    seeds=$first lines copying task $settings | sed "s/'\(.*\)'/'YaRN, \1'/; / meta 'YaRN/s/\$/,no_pos/; s/\$/ --yarn_scale=4/"
+    lines copying task $settings | sed "s/'\(.*\)'/'YaRN, \1'/; / meta 'YaRN/s/\$/,no_pos/; s/\$/ --yarn_scale=4/"
 }
 
 variants() {  # settings of Copying...: these, tuned
