@@ -265,12 +265,12 @@ def sharpening(subject):
     findings = {"blocks": n_blocks, "values": n, "a_value_is": "of a text query, a layer and a head", "interval_is": "over blocks"}
     for kind, title in kinds.items():
         findings[title] = {name: estimate(means[kind, name].mean((1, 2))) | {"per_layer_and_head": estimate(means[kind, name])}
-                          for name in (*titles, "share")}
+                           for name in (*titles, "share")}
         for name in titles:
             findings[title][name]["median"] = float(np.interp(0.5, np.cumsum(counts[kind, name]) / n, BINS[1:]))
     findings["slope"] = {name: {"rows": len(pair), "falls": int((pair[:, 0] < 0).sum()), "rises": int((pair[:, 0] > 0).sum()),
-                               "largest_difference": float(np.abs(pair[:, 0] - pair[:, 1]).max())}
-                        for name, pair in zip(("one meta key", "all meta keys"), slopes)}
+                                "largest_difference": float(np.abs(pair[:, 0] - pair[:, 1]).max())}
+                         for name, pair in zip(("one meta key", "all meta keys"), slopes)}
 
     figure, axes = new_figure([list(titles), [f"{name} of heads" for name in titles]], 15, 8.5)
     for name, title in titles.items():
@@ -342,9 +342,9 @@ def residual(subject):
     n_blocks, layers = len(curves["meta"]), model.config.n_layer + 1
 
     findings = {"blocks": n_blocks, "meta_tokens": n, "interval_is": "over blocks", "layers": "0: the embedding, i: after block i",
-               "distances": [[a, b - 1] for a, b in zip(edges, edges[1:])],
-               "curves": {kinds[kind]: estimate(values) for kind, values in curves.items()},
-               "example": {"tokens": tokens, "meta_token": listed(example["meta"]), "text_token_before_it": listed(example["text"])}}
+                "distances": [[a, b - 1] for a, b in zip(edges, edges[1:])],
+                "curves": {kinds[kind]: estimate(values) for kind, values in curves.items()},
+                "example": {"tokens": tokens, "meta_token": listed(example["meta"]), "text_token_before_it": listed(example["text"])}}
     figure, axes = new_figure([list(kinds), ["map of meta"] * 3, ["map of text"] * 3], 15, 7 + 0.5 * layers)
     for kind, title in kinds.items():
         for layer in range(layers):
@@ -661,7 +661,7 @@ def rate_distortion(subject):
     if subject.compares_plain_text:
         panels[f"Plain text: the next text token\n(within {subject.label})"] = next_token_lines(subject, sizes)
     findings = {"theorem": THEOREM, "betas": listed(BETAS), "seeds": config.bottleneck_seeds, "panels": [],
-               "seeds_are": "of initial weights, noise and order: their range leaves out the choice of examples"}
+                "seeds_are": "of initial weights, noise and order: their range leaves out the choice of examples"}
     figure, axes = new_figure([list(panels)], 6.5 * len(panels), 5.5)
     torch.manual_seed(config.seed)
     for title, lines in panels.items():
@@ -743,11 +743,11 @@ def perplexity(subject):
 
     ends = f"learned positions end at {window}" if model.config.pos == "absolute" else None
     findings = {"sequences": n, "window": window, "interval_is": "over sequences of consecutive validation blocks, meta-tokens in place",
-               "by_context_is": f"the text among the last {tail} tokens of a sequence, the same whatever the context", "impossible": ends,
-               "position_edges": edges.tolist(),
-               "by_position": {name: estimate(values) for name, values in by_position.items()},
-               "by_context": {name: {str(length): estimate(v) | {"minus_one_window": estimate(v - base)} for length, v in values.items()}
-                              for name, values in by_context.items()}}
+                "by_context_is": f"the text among the last {tail} tokens of a sequence, the same whatever the context", "impossible": ends,
+                "position_edges": edges.tolist(),
+                "by_position": {name: estimate(values) for name, values in by_position.items()},
+                "by_context": {name: {str(length): estimate(v) | {"minus_one_window": estimate(v - base)} for length, v in values.items()}
+                               for name, values in by_context.items()}}
     figure, axes = new_figure([["position", "context"]], 14, 5.5)
     for i, name in enumerate(runs):
         mean, half = interval(by_position[name])

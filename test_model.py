@@ -1396,6 +1396,7 @@ def test_a_stop_request_saves_no_weights_that_are_not_finite(tmp_path, monkeypat
     (["--placement=above"], "placement=above: expected one of"),
     (["--marker=flag"], "marker=flag: expected one of"),
     (["--eval_lengths=128,many"], "eval_lengths=128,many: expected lengths in tokens"),
+    (["--eval_lengths=+192"], "eval_lengths=+192: expected lengths in tokens"),
     (["--task_lr=1e-3,fast"], "task_lr=1e-3,fast: expected learning rates above 0, such as 3e-4"),
     (["--task_lr=0"], "task_lr=0: expected learning rates above 0"),
     (["--train_length=64"], "train_length=64 is too short: list_recall needs 83 tokens"),
@@ -1855,7 +1856,7 @@ def test_every_variant_of_length_is_a_model_that_can_be_built():
     assert {name: list(run) for name, run in runs.items()} == {
         "as trained": [16, 64, 128, 256], "YaRN": [128, 256], "as trained, no_pos": [16, 64, 128, 256], "YaRN, no_pos": [128, 256]}
     changed = build().reconfigured(**runs["YaRN, no_pos"][256]).config
-    assert (changed.yarn_scale, changed.original_block_size, changed.zero_meta_pos) == (4.0, 64, True)
+    assert (changed.block_size, changed.yarn_scale, changed.original_block_size, changed.zero_meta_pos) == (64, 4.0, 64, True)
     learned = analyze.runs_over_length(replace(TINY, pos="absolute"), [16, 64, 128])
     assert {name: list(run) for name, run in learned.items()} == {"as trained": [16, 64], "as trained, no_pos": [16, 64]}
     assert list(analyze.runs_over_length(replace(TINY, pos="none", meta_id=None, meta_attention=False), [128])) == ["as trained"]

@@ -133,12 +133,13 @@ class Config:
         return names
 
     def numbers(self, name, kind, expected):
-        """A setting of numbers above 0 with commas between them, as a list. Raises SystemExit."""
+        """A setting of numbers above 0 with commas between them, as a list of int (digits alone) or float. Raises SystemExit."""
+        parts = getattr(self, name).split(",")
         try:
-            values = [kind(part) for part in getattr(self, name).split(",")]
+            values = [kind(part) for part in parts]
         except ValueError:
             values = [0]
-        if not all(0 < value < math.inf for value in values):
+        if not all(0 < value < math.inf for value in values) or (kind is int and [*map(str, values)] != parts):
             raise self.error(f"{name}={getattr(self, name)}: expected {expected}")
         return values
 
