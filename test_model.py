@@ -722,7 +722,7 @@ def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
 # Training
 
 SMALL = [*DATA, "--n_layer=2", "--n_head=2", "--n_embd=16", "--batch_size=2", "--gradient_accumulation_steps=2", "--warmup_iters=2",
-         "--eval_iters=2", "--device=cpu", "--dtype=float32", "--max_iters=12", "--eval_interval=4", "--log_interval=2",
+         "--eval_tokens=128", "--device=cpu", "--dtype=float32", "--max_iters=12", "--eval_interval=4", "--log_interval=2",
          "--learning_rate=1e-2"]
 
 
@@ -778,10 +778,10 @@ def test_evaluation_is_the_mean_over_the_same_text_whatever_the_meta_rate(prepar
     prepare.prepare(configure("--meta_rate=0", "--dataset=plain"))
     spans = []
     for dataset, rate in (("d", 0.1), ("plain", 0.0)):
-        config = settings.load([*SMALL, f"--dataset={dataset}", f"--meta_rate={rate}", "--eval_iters=5"])
+        config = settings.load([*SMALL, f"--dataset={dataset}", f"--meta_rate={rate}", "--eval_tokens=320"])
         blocks, recorder = train.Blocks(config, prepare.read_manifest(config), "val"), Recorder()
         loss = train.evaluate(recorder, blocks, config, train.Machine(config))
-        n = round(5 * 2 * 32 / blocks.text_per_block)
+        n = round(320 / blocks.text_per_block)
         assert loss == pytest.approx(np.mean([blocks.batch([i])[0].double().mean().item() for i in range(n)]))
         spans.append(recorder.targets)
     shorter = min(map(len, spans))
@@ -816,7 +816,7 @@ def weights_of(folder):
 
 
 def test_a_run_killed_and_resumed_ends_with_the_same_bits(prepared):
-    arguments = [*SMALL, "--dropout=0.1", "--max_iters=40", "--eval_interval=5", "--eval_iters=1"]
+    arguments = [*SMALL, "--dropout=0.1", "--max_iters=40", "--eval_interval=5", "--eval_tokens=64"]
     whole = script("train.py", *arguments, "--out_dir=whole")
     assert whole.returncode == 0, whole.stderr
     process = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *arguments, "--out_dir=killed"], stdout=subprocess.PIPE,
@@ -839,7 +839,7 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits(prepared):
 
 def test_two_processes_take_the_steps_of_one(prepared):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = [*SMALL, "--eval_iters=1", "--batch_size=1"]  # one block to evaluate: the second process has none
+    arguments = [*SMALL, "--eval_tokens=32", "--batch_size=1"]  # one block to evaluate: the second process has none
     two = script("train.py", *arguments, "--out_dir=two", launcher=launcher)
     assert two.returncode == 0, two.stderr
     train.train(settings.load([*arguments, "--out_dir=one"]))
@@ -1442,7 +1442,7 @@ def test_meta_tokens_are_added_for_fine_tuning(tmp_path, monkeypatch):
 # The scripts as a user types them
 
 def test_quickstart_prepares_trains_samples(tmp_path):
-    result = script("train.py", f"{HERE}/config/quickstart.py", "--max_iters=3", "--eval_iters=1", "--batch_size=2", cwd=tmp_path)
+    result = script("train.py", f"{HERE}/config/quickstart.py", "--max_iters=3", "--eval_tokens=512", "--batch_size=2", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "A sample:" in result.stdout and (tmp_path / "out/loss.png").exists()
     (tmp_path / "prompt.txt").write_text("def main(")
@@ -1463,7 +1463,8 @@ def test_one_config_file_drives_every_script(workplace, capsys):
         for i, text in enumerate(TEXTS):
             file.write(json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": f"https://example.org/{i}"}) + "\n")
     arguments = [f"{HERE}/config/meta_gpt2.py", "--source=c4.json.gz", "--val_fraction=0.3", "--workers=1", "--n_embd=24", "--n_layer=1",
-                 "--max_iters=2", "--eval_iters=1", "--device=cpu", "--dtype=float32", "--batch_size=1", "--gradient_accumulation_steps=2"]
+                 "--max_iters=2", "--eval_tokens=1024", "--device=cpu", "--dtype=float32", "--batch_size=1",
+                 "--gradient_accumulation_steps=2"]
     prepare.main(arguments)
     prepare.main([*arguments, "--verify"])
     train.main(arguments)

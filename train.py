@@ -201,9 +201,9 @@ def prefetched(batches, device):
 
 @torch.no_grad()
 def evaluate(model, blocks, config, machine):
-    """Mean loss in nats per text token over the first eval_iters * batch_size * block_size text tokens of the split:
-    the same text whatever the meta_rate. Processes share the blocks."""
-    n = min(len(blocks), max(1, round(config.eval_iters * config.batch_size * config.block_size / blocks.text_per_block)))
+    """Mean loss in nats per text token over the first eval_tokens of the split, to the nearest block: the same text whatever
+    the meta_rate, the window and the batch. Processes share the blocks."""
+    n = min(len(blocks), max(1, round(config.eval_tokens / blocks.text_per_block)))
     numbers = range(machine.rank, n, machine.world)
     model.eval()
     total = torch.zeros((), device=machine.device)

@@ -63,7 +63,7 @@ class Config:
     grad_clip: float = 1.0              # largest norm of the gradient; 0: no clipping
     log_interval: int = 10              # steps between lines on the terminal and in log.jsonl
     eval_interval: int = 1000           # steps between evaluations, each with a checkpoint
-    eval_iters: int = 200               # validation text, in micro-batches: eval_iters x batch_size x block_size text tokens
+    eval_tokens: int = 2_457_600        # text tokens to validate on, from the first on: the same for every model that is compared
     eval_only: bool = False             # evaluate once and exit
     seed: int = 1337                    # of data order, initial weights, injection and sampling
 
@@ -157,7 +157,7 @@ CHOICES = {
     "compile": ("auto", "true", "false"),
 }
 POSITIVE = ("block_size", "n_layer", "n_head", "n_embd", "rope_base", "batch_size", "gradient_accumulation_steps",
-            "log_interval", "eval_interval", "eval_iters", "num_samples", "max_new_tokens", "train_length", "phase_steps",
+            "log_interval", "eval_interval", "eval_tokens", "num_samples", "max_new_tokens", "train_length", "phase_steps",
             "task_batch_size", "trial_steps", "val_interval", "val_examples", "test_examples", "analysis_blocks", "bottleneck_examples",
             "bottleneck_steps", "bottleneck_seeds")
 NOT_NEGATIVE = ("max_tokens", "workers", "max_iters", "max_minutes", "learning_rate", "min_lr", "warmup_iters",

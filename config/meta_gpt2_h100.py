@@ -5,4 +5,3 @@ max_tokens = 89e9
 out_dir = "out/meta_gpt2_h100"
 batch_size = 24
 gradient_accumulation_steps = 20
-eval_iters = 100                # as much validation text as 200 x 12

@@ -2,8 +2,7 @@
 init_from = "out/meta_gpt2"
 dataset = "c4_meta_4k"
 source = "allenai/c4:en"
-max_tokens = 0.2e9
-val_fraction = 0.01
+max_tokens = 1.2e9              # so many that what meta_gpt2 held out of them is enough to validate on
 out_dir = "out/yarn_4k"
 block_size = 4096
 yarn_scale = 4
@@ -14,4 +13,4 @@ learning_rate = 6e-5
 min_lr = 6e-6
 warmup_iters = 20
 eval_interval = 100
-eval_iters = 50
+eval_tokens = 500_000
