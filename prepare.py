@@ -167,17 +167,17 @@ def key_of(path, root):
 
 def local_files(config):
     """(key, path) of the files that config.source names; none if it is a data set on the hub."""
-    files = []
-    for pattern in filter(None, config.source.split(",")):
-        pattern, found = os.path.expanduser(pattern), []
-        root = pattern if os.path.isdir(pattern) else os.path.dirname(re.split(r"[*?[]", pattern)[0]) or "."
-        for path in sorted(glob.glob(pattern, recursive=True)):
+    files, patterns = [], [os.path.expanduser(pattern) for pattern in config.source.split(",") if pattern]
+    for pattern in patterns:
+        found, exists = [], os.path.exists(pattern)  # brackets may be part of a name
+        root = pattern if os.path.isdir(pattern) else os.path.dirname(pattern if exists else re.split(r"[*?[]", pattern)[0]) or "."
+        for path in [pattern] if exists else sorted(glob.glob(pattern, recursive=True)):
             if os.path.isdir(path) and "**" not in pattern:
                 found += [(key_of(inner, root), inner) for _, inner in files_below(path, PLAIN + ROWS)]
             elif os.path.isfile(path) and path.endswith(PLAIN + ROWS):
                 found.append((key_of(path, root), path))
-        is_a_path = os.path.exists(pattern) or pattern.startswith((".", "/")) or glob.has_magic(pattern)
-        if not found and (is_a_path or files or pattern.endswith(PLAIN + ROWS)):
+        is_a_path = exists or pattern.startswith((".", "/")) or glob.has_magic(pattern) or pattern.endswith(PLAIN + ROWS)
+        if not found and (is_a_path or len(patterns) > 1):
             raise config.error(f"source={pattern}: no such file, or nothing that ends in {', '.join(PLAIN + ROWS)}")
         files += found
     return files
@@ -221,7 +221,8 @@ def json_rows(path):
     with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield json.loads(line)
+                if not line.isspace():
+                    yield json.loads(line)
             except ValueError as e:
                 raise SystemExit(f"error: {path}:{number}: not JSON ({e})") from None
 
