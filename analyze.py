@@ -37,7 +37,7 @@ from model import rotate
 SCORES = 1 << 24                     # attention scores, or logits, that are held at once: 64 MB
 TOKENS = 1 << 13                     # tokens of a batch
 BINS = np.linspace(-16, 16, 6401)    # of the histograms, in nats: medians are right to 0.005
-BETAS = np.logspace(-3, 0, 10)       # the weights of the rate
+BETAS = np.logspace(-3, 0, 10)       # the weights of the rate: the paper's 0.01 to 1, and smaller ones
 LATENT = 32                          # size of a bottleneck's z
 CLASSES = 256                        # next tokens that are told apart; the rest are one class
 MAX_SHOWN = 128                      # tokens of a map that can still be read; of our own start, half as many
@@ -660,8 +660,8 @@ def rate_distortion(subject):
         panels[f"List Recall: the answer, from far before it\n(within {subject.label})"] = within
     if subject.compares_plain_text:
         panels[f"Plain text: the next text token\n(within {subject.label})"] = next_token_lines(subject, sizes)
-    findings = {"theorem": THEOREM, "betas": listed(BETAS), "seeds": config.bottleneck_seeds, "panels": [],
-                "seeds_are": "of initial weights, noise and order: their range leaves out the choice of examples"}
+    findings = {"theorem": THEOREM, "state": "of the last layer, before ln_f", "betas": listed(BETAS), "seeds": config.bottleneck_seeds,
+                "panels": [], "seeds_are": "of initial weights, noise and order: their range leaves out the choice of examples"}
     figure, axes = new_figure([list(panels)], 6.5 * len(panels), 5.5)
     torch.manual_seed(config.seed)
     for title, lines in panels.items():
@@ -687,6 +687,7 @@ def rate_distortion(subject):
         ax.legend(title=f"{len(y['test']):,} held-out examples; band: range of {config.bottleneck_seeds} seeds", fontsize="small",
                   loc="best")
         ax.grid(alpha=0.3)
+    figure.suptitle("Frozen states of the last layer, before ln_f, through trained bottlenecks")
     return findings, figure, ("held-out distortion (nats). " + "; ".join(said),
                              "trained bottlenecks, whose rates are upper bounds: they illustrate theorem 5.1, and cannot verify it")
 
@@ -863,7 +864,7 @@ class Subject:
 
 
 def folder_of(config, path):
-    if train.is_pretrained(path) or config.origin.get("out_dir") == "command line":
+    if train.is_pretrained(path) or config.typed("out_dir"):
         return os.path.join(config.out_dir, "analysis")
     if path.endswith(".pt"):
         return os.path.join(os.path.dirname(path), "analysis", *([] if train.stem(path) == "ckpt" else [train.stem(path)]))

@@ -263,7 +263,7 @@ def open_model(config):
     if config.add_meta:
         if model.config.meta_id is not None:
             raise config.error(f"add_meta={config.add_meta}, but the checkpoint has meta-tokens")
-        model = model.with_meta_tokens(encoding.n_vocab, config.meta_attention)
+        model = model.with_meta_tokens(encoding.n_vocab, config.meta_attention or not config.typed("meta_attention"))
     for name, asked in (("marker", kind == "meta"), ("zero_meta_pos", config.zero_meta_pos), ("zero_meta_embd", config.zero_meta_embd)):
         if asked and model.config.meta_id is None:
             raise config.error(f"{name}={getattr(config, name)}, but the checkpoint has no meta-tokens: give it some by --add_meta, or "
@@ -431,7 +431,8 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
                             "token_accuracy": token_accuracy, "loss": loss, "train_loss": loss_sum.item() / max(summed, 1)})
             loss_sum, summed = torch.zeros_like(loss_sum), 0
             done = done or (config.stop_solved and save and history[-1]["phase"] == run.phases[-1] and history[-1]["exact"] >= SOLVED)
-            print(f"step {step}: validation at {config.train_length}: exact {100 * correct.mean():.1f}%, "
+            chance = np.mean([e.chance for e in run.validation])
+            print(f"step {step}: validation at {config.train_length}: exact {100 * correct.mean():.1f}% (by chance {100 * chance:.1f}%), "
                   f"tokens {100 * token_accuracy:.1f}%, loss {loss:.3f}", flush=True)
             if save:
                 save_state(finished=done)
@@ -779,6 +780,8 @@ def plot(paths):
         test.plot(*zip(*sorted(chance.items())), color="black", linestyle="--", linewidth=1, label="chance")
         for i, length in enumerate(sorted({result["train_length"] for result in every})):
             test.axvline(length, color="gray", linestyle=":", label="training length" if i == 0 else None)
+            if length in chance:
+                tuning.axhline(chance[length], color="black", linestyle="--", linewidth=1)
         test.set_xscale("log", base=2)
         test.set_xticks(sorted(chance), labels=map(str, sorted(chance)))
         test.minorticks_off()

@@ -48,7 +48,7 @@ def run(config):
     model, checkpoint = load_saved(config)
     adopt_settings(config, checkpoint, ("meta_rate", "meta_placement"))
     if model.config.meta_id is None and config.meta_rate > 0:
-        if config.origin.get("meta_rate") == "command line":
+        if config.typed("meta_rate"):
             raise config.error(f"meta_rate={config.meta_rate}, but the model has no meta-tokens")
         config.meta_rate = 0.0
     encoding, text = get_tokenizer(config.tokenizer), read_start(config)

@@ -634,7 +634,7 @@ def test_all_formats_hold_the_same_documents(workplace):
     os.makedirs("jsonl")
     with open("jsonl/a.jsonl", "w") as file, gzip.open("jsonl/b.json.gz", "wt") as zipped:
         for row in rows[:60]:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row) + "\n" * (1 + row["n"] % 2))  # a blank line is no row
         for row in rows[60:]:
             zipped.write(json.dumps(row) + "\n")
     os.makedirs("hub")
@@ -667,6 +667,8 @@ def test_a_glob_names_documents_by_their_path_below_it(workplace):
     assert len({key for key, _ in by_folder}) == len(TEXTS)
     for source in ("texts/**/*.txt", "texts/*", "texts/[0-9]*.txt,texts/*/*.txt"):
         assert sorted(prepare.Source(configure(f"--source={source}")).files) == by_folder
+    os.rename("texts", "texts [1]")
+    assert prepare.Source(configure("--source=texts [1]")).files == [(key, f"texts [1]/{key}") for key, _ in by_folder]
 
 
 @pytest.mark.parametrize("text", ["".join(TEXTS) + "\n\n\n  x\ny\n \n\nz it's", "A line of words,\r\n\r\nand 3  more.\r\n" * 90,
@@ -913,6 +915,11 @@ def test_a_checkpoint_is_extended_by_yarn_and_given_meta_tokens(prepared):
                                "--yarn_scale=2", "--max_iters=2"]))
     config = train.load_checkpoint("yarn")["model_config"]
     assert (config["block_size"], config["original_block_size"], config["yarn_scale"]) == (64, 32, 2.0)
+    with open("before.py", "w") as file:  # what it was before is no wish to go back
+        file.write("block_size = 32\n")
+    for arguments, window in (([], 64), (["--block_size=48"], 48)):
+        config = train.load_saved(settings.load(["before.py", "--init_from=yarn", *arguments]))[0].config
+        assert (config.block_size, config.yarn_scale) == (window, 2.0)
 
     prepare.prepare(configure("--meta_rate=0", "--dataset=plain"))
     train.train(settings.load([*SMALL, "--max_iters=2", "--out_dir=plain", "--dataset=plain", "--meta_rate=0", "--meta_attention=False"]))
@@ -941,8 +948,11 @@ def test_eval_only_evaluates_the_trained_model(prepared, capsys):
     train.train(settings.load(SMALL))
     best = train.load_checkpoint("out")["best_val_loss"]
     capsys.readouterr()
-    train.train(settings.load([*SMALL, "--eval_only"]))
-    assert f"validation {best:.4f}" in capsys.readouterr().out
+    with open("again.py", "w") as file:  # a config that begins with one model and ends with another
+        file.write('init_from = "elsewhere"\n')
+    for arguments in ([], ["again.py"]):
+        train.train(settings.load([*SMALL, *arguments, "--eval_only"]))
+        assert f"validation {best:.4f} nats per text token, a perplexity of {math.exp(best):.2f}" in capsys.readouterr().out
 
 
 def test_a_log_cut_short_by_a_crash_is_read_up_to_there(prepared):
@@ -1436,6 +1446,11 @@ def test_meta_tokens_are_added_for_fine_tuning(tmp_path, monkeypatch):
     (model, mark, identity), again = (eval_synthetic.open_model(settings.load(["--init_from=plain.pt", "--add_meta"])) for _ in range(2))
     assert identity == again[2] and all(torch.equal(a, b) for a, b in zip(model.parameters(), again[0].parameters()))
     assert mark == model.config.meta_id == 257 and not model.transformer.h[0].meta_attn.c_proj.weight.any()
+    with open("plain.py", "w") as file:  # how it was pre-trained
+        file.write("meta_attention = False\n")
+    arguments = ["plain.py", "--init_from=plain.pt", "--add_meta"]
+    assert eval_synthetic.open_model(settings.load(arguments))[0].config.meta_attention
+    assert not eval_synthetic.open_model(settings.load([*arguments, "--meta_attention=False"]))[0].config.meta_attention
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1672,7 +1687,8 @@ def test_bad_sources_are_refused_in_one_line(workplace, monkeypatch):
     for source, expected in {"nowhere/*.txt": "source=nowhere/*.txt: no such file", "bad/b.jsonl": "bad/b.jsonl:1: not JSON",
                              "bad/a.jsonl": "bad/a.jsonl: row 2 has no text in 'text'", "bad/c.parquet": "cannot read bad/c.parquet: ",
                              "bad/d.jsonl": "cannot read bad/d.jsonl: ", "bad/e.json.gz": "cannot read bad/e.json.gz: ",
-                             "texts,gone.txt": "source=gone.txt: no such file", "bad/empty.txt": "less than a block"}.items():
+                             "texts,gone.txt": "source=gone.txt: no such file", "gone,texts": "source=gone: no such file",
+                             "bad/empty.txt": "less than a block"}.items():
         assert expected in refusal(prepare.prepare, configure(f"--source={source}"))
     assert "val_fraction=0.0 left the val split 0 text tokens" in refusal(prepare.prepare, configure("--val_fraction=0"))
     assert not os.path.exists("data/d/manifest.json")

@@ -244,16 +244,17 @@ def model_of(checkpoint):
 
 
 def load_saved(config):
-    """load_trained, of the checkpoint in out_dir even where a config file's init_from names the model that the run began with;
-    --init_from= on the command line wins."""
-    if config.origin.get("init_from") != "command line":
+    """load_trained for what a config file has trained: of the checkpoint in out_dir, even where the file's init_from names the model
+    that the run began with, and with the checkpoint's window. What the command line says wins."""
+    if not config.typed("init_from"):
         config.init_from = "resume"
-    return load_trained(config)
+    return load_trained(config, config.typed)
 
 
-def load_trained(config):
+def load_trained(config, is_asked):
     """(model, checkpoint) that init_from names, on the CPU: a checkpoint (the one in out_dir for 'resume' and 'scratch') or
-    OpenAI's GPT-2, for which it is NO_CHECKPOINT. The config takes over architecture and tokenizer.
+    OpenAI's GPT-2, for which it is NO_CHECKPOINT. The config takes over architecture and tokenizer, but for the settings of
+    MAY_OVERRIDE that is_asked.
 
     Raises SystemExit for a bad file, or where the command line asks for another architecture.
     """
@@ -263,7 +264,7 @@ def load_trained(config):
         else:
             checkpoint = load_checkpoint(checkpoint_path(config))
             model, tokenizer = model_of(checkpoint), checkpoint["settings"]["tokenizer"]
-        adopt(config, asdict(model.config) | {"tokenizer": tokenizer})
+        adopt(config, asdict(model.config) | {"tokenizer": tokenizer}, is_asked)
         overrides = {name: getattr(config, name) for name in MAY_OVERRIDE}
         if config.pos == "absolute":  # the table of positions stays as it is
             if config.block_size > model.config.block_size:
@@ -292,12 +293,12 @@ def sha256_of_weights(model):
     return digest.hexdigest()
 
 
-def adopt(config, found):
+def adopt(config, found, is_asked):
     """Takes architecture and tokenizer from a checkpoint. Meta-attention may be asked of a model without meta-tokens."""
     for name in ("tokenizer", *FROM_CHECKPOINT, *MAY_OVERRIDE):
         value, asked = found[name], getattr(config, name)
-        was_asked = config.given(name) if name == "tokenizer" else config.origin.get(name) == "command line"
-        if (name in MAY_OVERRIDE and config.given(name)) or (name == "meta_attention" and found["meta_id"] is None):
+        was_asked = config.given(name) if name == "tokenizer" else config.typed(name)
+        if (name in MAY_OVERRIDE and is_asked(name)) or (name == "meta_attention" and found["meta_id"] is None):
             continue
         if was_asked and asked != value:
             raise config.error(f"{name}={asked}, but the checkpoint has {value}: leave it out, or train from scratch")
@@ -333,8 +334,8 @@ def resume_settings(config):
         raise config.error(e) from None
 
 
-def save(path, checkpoint):
-    """Replaces the file at once, or leaves it as it is. Raises SystemExit if the disk is full."""
+def save(path, checkpoint, advice="run the same command again"):
+    """Replaces the file at once, or leaves it as it is. Raises SystemExit, with advice on how to go on, if the disk is full."""
     try:
         with open(path + ".tmp", "wb") as file:
             torch.save(checkpoint, file)
@@ -344,7 +345,7 @@ def save(path, checkpoint):
     except (OSError, RuntimeError) as e:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        before = f"it is still the one before; make room, and {go_on_command()}" if os.path.exists(path) else "make room"
+        before = f"it is still the one before; make room, and {advice}" if os.path.exists(path) else "make room"
         raise SystemExit(f"error: cannot save {path} ({str(e).splitlines()[0]}): {before}") from None
 
 
@@ -527,13 +528,22 @@ def train(config):
     if config.init_from == "resume":
         resume_settings(config)
     check_start(config, machine)
-    from_scratch = config.init_from == "scratch" and not config.eval_only
-    trained, checkpoint = (None, None) if from_scratch else load_trained(config)
+    if config.eval_only:
+        trained, checkpoint = load_saved(config)
+    else:
+        trained, checkpoint = (None, None) if config.init_from == "scratch" else load_trained(config, config.given)
     manifest = open_data(config, machine)
     train_blocks, val_blocks = (Blocks(config, manifest, split) for split in ("train", "val"))
     n_meta = manifest["meta_per_block"]
 
     raw_model = open_model(config, manifest, trained).to(machine.device)
+    local_model = model = torch.compile(raw_model) if machine.compile else raw_model
+    if config.eval_only:
+        loss = evaluate(local_model, val_blocks, config, machine)
+        if machine.rank == 0:
+            print(f"validation {loss:.4f} nats per text token, a perplexity of {math.exp(loss):.2f}")
+        return
+
     optimizer = raw_model.configure_optimizer(config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
     scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
     step, best, minutes_before = 0, math.inf, 0.0
@@ -541,7 +551,6 @@ def train(config):
         step, best, minutes_before = checkpoint["step"], checkpoint["best_val_loss"], checkpoint["minutes"]
         load_optimizer(optimizer, scaler, checkpoint)
     del checkpoint, trained
-    local_model = model = torch.compile(raw_model) if machine.compile else raw_model
     if machine.world > 1:
         model = DistributedDataParallel(local_model, device_ids=[machine.device.index] if machine.type == "cuda" else None,
                                         find_unused_parameters=raw_model.config.meta_attention and n_meta == 0)
@@ -550,12 +559,6 @@ def train(config):
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
     text_per_step = config.gradient_accumulation_steps * config.batch_size * train_blocks.text_per_block
     flops_per_token, peak = raw_model.flops_per_token(config.block_size, n_meta), machine.peak_flops()
-
-    if config.eval_only:
-        loss = evaluate(local_model, val_blocks, config, machine)
-        if machine.rank == 0:
-            print(f"validation {loss:.4f} nats per text token")
-        return
 
     os.makedirs(config.out_dir, exist_ok=True)
     log = Log(config, machine, step)
@@ -569,7 +572,8 @@ def train(config):
         if machine.rank == 0:
             save(os.path.join(config.out_dir, "ckpt.pt"), {
                 "model": raw_model.state_dict(), "model_config": asdict(raw_model.config), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), "settings": asdict(config), "step": step, "best_val_loss": best, "minutes": minutes})
+                "scaler": scaler.state_dict(), "settings": asdict(config), "step": step, "best_val_loss": best, "minutes": minutes},
+                go_on_command())
 
     def check_finite(loss):
         if diverged(loss, norm, scaler):

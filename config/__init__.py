@@ -119,6 +119,9 @@ class Config:
     def given(self, name):
         return name in self.origin
 
+    def typed(self, name):
+        return self.origin.get(name) == "command line"
+
     def error(self, message):
         """One line for people: the message, and where each setting it mentions (as `name=`) was set."""
         names = [n for n in dict.fromkeys(re.findall(r"(?<![-\w])(\w+)=", str(message))) if n in SETTINGS]
