@@ -94,6 +94,18 @@ def rope_frequencies(config, device=None):
     return inv_freq * (1 - ramp) + inv_freq / s * ramp, 0.1 * math.log(s) + 1.0
 
 
+@torch.library.custom_op("meta_tokens::cos_sin", mutates_args=())
+def cos_sin(angles: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Their cosines and sines, scaled. An operator of its own, into which torch.compile does not look: else it would
+    compute them anew, with the frequencies, for every element that is rotated, in every layer."""
+    return angles.cos() * scale, angles.sin() * scale
+
+
+@cos_sin.register_fake
+def _(angles, scale):
+    return torch.empty_like(angles), torch.empty_like(angles)
+
+
 def rotate(x, rope):
     """Turns each pair (x[i], x[i + hs/2]) by its token's angle: RoPE with GPT-NeoX's half-split pairing.
 
@@ -206,9 +218,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             product = F.linear(h, weight)                                            # (rows, vocab_size), as autocast says
             logits = product.to(precise)
             log_z = logits.logsumexp(1, keepdim=True)
-            loss += ((log_z - logits.gather(1, y)) * is_target).sum()
-            if training:  # d loss / d logits = softmax - one_hot
-                grad = logits.sub_(log_z).exp_().mul_(is_target).scatter_add_(1, y, -is_target).to(product.dtype)
+            log_p = logits.gather(1, y) - log_z                                      # of the targets
+            loss -= (log_p * is_target).sum()
+            if training:  # d loss / d logits = softmax - one_hot, in the products' precision before the targets' column is put in
+                at_targets = (log_p.exp() - 1) * is_target
+                grad = logits.sub_(log_z).exp_().mul_(is_target).to(product.dtype).scatter_(1, y, at_targets.to(product.dtype))
                 grad_x.append(grad @ weight)
                 grad_weight += grad.t() @ h
         n = (targets >= 0).sum()
@@ -362,7 +376,7 @@ class GPT(nn.Module):
         angles = positions.unsqueeze(-1) * inv_freq                                  # (T, hs/2), float32
         if self.config.zero_meta_pos and is_meta is not None:
             angles = angles * ~is_meta[:, None, :, None]
-        return angles.cos() * attention_scale, angles.sin() * attention_scale
+        return cos_sin(angles, attention_scale)
 
     def _find_meta(self, is_meta, n_meta, rope):
         """The positions of the meta-tokens, each row's first; None if there are none."""
