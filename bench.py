@@ -30,6 +30,7 @@ from model import GPT, GPTConfig, LinearCrossEntropy, MetaAttention, rotate
 from train import Blocks, Machine, micro_batches, prefetched
 
 ROUNDS = 7
+SEQUENCES = 96  # of an optimiser step on a GPU, in as many micro-batches as they take: train.py has several, too
 
 
 class DenseMetaAttention(MetaAttention):
@@ -107,12 +108,13 @@ def synchronize(machine):
 
 
 def training_step(config, machine, batch_size, compiled, precise=False, make_dense=False, all_logits=False, batches=None, kernel=None):
-    """A function that takes one optimiser step of a model on random tokens with meta-tokens among them, or on the next batch."""
+    """A function that takes one optimiser step of a model on random tokens with meta-tokens among them, or on the next batches."""
     torch.manual_seed(0)
     model = GPT(config).to(machine.device)
     model = dense(model) if make_dense else model
     optimizer = model.configure_optimizer(1e-4)
     T, n_meta = config.block_size, prepare.meta_per_block(0.1, config.block_size)
+    accumulation = max(SEQUENCES // batch_size, 1) if machine.type == "cuda" else 1
 
     def loss_of(x, y):
         with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():  # in here, as a graph keeps the kernel it was compiled with
@@ -126,16 +128,17 @@ def training_step(config, machine, batch_size, compiled, precise=False, make_den
         for row in tokens:
             row[1 + torch.randperm(T - 1)[:n_meta]] = config.meta_id
     batches = batches or itertools.repeat((tokens[:, :-1].to(machine.device), tokens[:, 1:].to(machine.device)))
-    flops = model.flops_per_token(T, n_meta) * batch_size * T
+    n_tokens = accumulation * batch_size * T
 
     def step():
-        x, y = next(batches)
-        with torch.autocast(machine.type, machine.dtype, enabled=not precise and machine.dtype != torch.float32):
-            loss = run(x, y)
-        loss.backward()
+        for _ in range(accumulation):
+            x, y = next(batches)
+            with torch.autocast(machine.type, machine.dtype, enabled=not precise and machine.dtype != torch.float32):
+                loss = run(x, y)
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return x.numel(), None if precise else flops
+        return n_tokens, None if precise else n_tokens * model.flops_per_token(T, n_meta)
 
     return step
 
@@ -219,14 +222,13 @@ def memory(config, shape, machine):
     """Bytes that a token takes in training, from the peaks of two micro-batches, and the largest that the device holds."""
     rows = []
     for n in (8, 16):  # both hold whole chunks of logits, which grow no more; one after the other, so that only one model is there
-        torch._dynamo.reset()
         rows += compare("memory", {f"Meta+RoPE, micro-batch {n}": training_step(shape, machine, n, machine.compile)}, machine, rounds=2)
     per_token = (rows[1]["peak_bytes"] - rows[0]["peak_bytes"]) / (8 * shape.block_size)
     fixed = rows[0]["peak_bytes"] - 8 * shape.block_size * per_token
     device = torch.cuda.get_device_properties(machine.device).total_memory
-    largest = int((device - fixed) / per_token / shape.block_size)
+    largest = int((0.95 * device - fixed) / per_token / shape.block_size)  # the rest for CUDA itself, and for what fragments
     print(f"{'memory':<12} {per_token / 1e3:,.0f} kB a token and {fixed / 1e6:,.0f} MB: a micro-batch of {largest} "
-          f"in {device / 2**30:.0f} GiB")
+          f"in 95% of {device / 2**30:.0f} GiB")
     return rows + [{"group": "memory", "variant": "Meta+RoPE", "bytes_per_token": per_token, "fixed_bytes": fixed,
                     "device_bytes": device, "largest_micro_batch": largest}]
 
@@ -355,10 +357,10 @@ def main(argv=None):
     print(f"{machine.name()}, {torch.get_num_threads()} threads, torch {torch.__version__}; {shape.n_layer} layers, width "
           f"{shape.n_embd}, batch {config.batch_size}")
     print(f"{'':<12} {'':<44} {'tokens/s':>12} {'speed':>8} {'time':>8} {'spread':>6} {'memory':>10} {'MFU':>6}")
+    torch._dynamo.config.cache_size_limit = 64  # of a function, which each part compiles for its shapes
     os.makedirs("results", exist_ok=True)
     path, rows = "_".join(["results/bench", *machine.name().split(), *(names if config.what != "all" else ())]) + ".json", []
     for name in names:
-        torch._dynamo.reset()  # it compiles a function eight times at most
         rows += every[name](config, shape, machine)
         prepare.write_json(path + ".part", {  # should a later part run out of time or memory
             "device": machine.name(), "processor": machine.processor(), "cores": os.cpu_count(), "torch": torch.__version__,
