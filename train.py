@@ -553,6 +553,7 @@ def train(config):
     del checkpoint, trained
     if machine.world > 1:
         model = DistributedDataParallel(local_model, device_ids=[machine.device.index] if machine.type == "cuda" else None,
+                                        gradient_as_bucket_view=True,
                                         find_unused_parameters=raw_model.config.meta_attention and n_meta == 0)
 
     own_micro_batches = config.gradient_accumulation_steps // machine.world
@@ -584,9 +585,9 @@ def train(config):
 
     stop_request = StopRequest()
     batches = prefetched(micro_batches(train_blocks, config, machine, step), machine.device)
-    started = logged = time.monotonic()
+    started = timed = time.monotonic()
     loss_sum, norm, lr = torch.zeros((), device=machine.device), 0.0, 0.0
-    first_step = logged_step = step
+    first_step = logged_step = timed_step = step
     stop, minutes = 0, minutes_before
     while True:
         if machine.world == 1 or step % config.log_interval == 0:  # all stop at the same step, by the same clock
@@ -599,8 +600,8 @@ def train(config):
             [loss], norm = machine.all_reduce([loss_sum.item() / steps / machine.world]), float(norm)
             check_finite(loss)
             now = time.monotonic()
-            speed = steps * tokens_per_step / (now - logged)
-            left = (config.max_iters - step) * (now - logged) / steps
+            speed = (step - timed_step) * tokens_per_step / (now - timed)
+            left = (config.max_iters - step) * tokens_per_step / speed
             if config.max_minutes:
                 left = min(left, 60 * (config.max_minutes - minutes))
             mfu = speed * flops_per_token / peak if peak else None
@@ -608,8 +609,11 @@ def train(config):
                       + (f" | MFU {100 * mfu:.1f}%" if mfu else "") + f" | lr {lr:.2e} | ETA {duration(max(left, 0))}",
                       step=step, text_tokens=step * text_per_step, loss=loss, lr=lr, tokens_per_s=speed, mfu=mfu,
                       grad_norm=norm if math.isfinite(norm) else None, minutes=minutes)
-            logged, logged_step = now, step
+            timed, timed_step, logged_step = now, step, step
             loss_sum.zero_()
+        elif machine.compile and step == first_step + 1:  # the first step took as long as it took to compile
+            loss_sum.item()
+            timed, timed_step = time.monotonic(), step
 
         if stop:
             save_state()
@@ -627,7 +631,7 @@ def train(config):
             log.write(f"step {step}: validation {val_loss:.4f} nats per text token" + (", the best so far" if improved else ""),
                       step=step, text_tokens=step * text_per_step, val_loss=val_loss, minutes=minutes)
             log.draw()
-            logged += time.monotonic() - before
+            timed += time.monotonic() - before
         if done:
             break
 
