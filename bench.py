@@ -129,6 +129,7 @@ def training_step(config, machine, batch_size, compiled, precise=False, make_den
             row[1 + torch.randperm(T - 1)[:n_meta]] = config.meta_id
     batches = batches or itertools.repeat((tokens[:, :-1].to(machine.device), tokens[:, 1:].to(machine.device)))
     n_tokens = accumulation * batch_size * T
+    flops = model.flops_per_token(T, n_meta) * n_tokens
 
     def step():
         for _ in range(accumulation):
@@ -138,7 +139,7 @@ def training_step(config, machine, batch_size, compiled, precise=False, make_den
             loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return n_tokens, None if precise else n_tokens * model.flops_per_token(T, n_meta)
+        return n_tokens, None if precise else flops
 
     return step
 

@@ -263,7 +263,8 @@ def open_model(config):
     if config.add_meta:
         if model.config.meta_id is not None:
             raise config.error(f"add_meta={config.add_meta}, but the checkpoint has meta-tokens")
-        model = model.with_meta_tokens(encoding.n_vocab, config.meta_attention or not config.typed("meta_attention"))
+        config.meta_attention = config.meta_attention or not config.typed("meta_attention")
+        model = model.with_meta_tokens(encoding.n_vocab, config.meta_attention)
     for name, asked in (("marker", kind == "meta"), ("zero_meta_pos", config.zero_meta_pos), ("zero_meta_embd", config.zero_meta_embd)):
         if asked and model.config.meta_id is None:
             raise config.error(f"{name}={getattr(config, name)}, but the checkpoint has no meta-tokens: give it some by --add_meta, or "
@@ -392,6 +393,7 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
     forward = torch.compile(model, dynamic=False) if machine.compile else model
     started, B = time.monotonic(), config.task_batch_size
     first_step, longest, norm = step, None, 0.0  # longest: of the phase, in tokens
+    go_on = "the same command" + " without --overwrite" * config.overwrite + " goes on"
 
     def clock():
         return minutes_before + (time.monotonic() - started) / 60
@@ -404,7 +406,8 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
         train.save(run.checkpoint, {
             "model": model.state_dict(), "model_config": asdict(model.config), "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(), "settings": asdict(config), "step": step, "minutes": clock(), "history": history,
-            "loss_sum": loss_sum.item(), "summed": summed, "run": run.identity, "lr": run.lr, "finished": finished})
+            "loss_sum": loss_sum.item(), "summed": summed, "run": run.identity, "lr": run.lr, "finished": finished},
+            go_on)
 
     def check_finite(loss):
         if train.diverged(loss, norm, scaler):
@@ -440,8 +443,7 @@ def fine_tune(run, model, lr, steps, minutes, state=None, save=False):
             if save:
                 check_finite(loss_sum.item())
                 save_state(finished=False)
-            raise SystemExit(f"stopped at step {step}; the same command goes on from " + ("there" if save else "the beginning")
-                             + ", without --overwrite" * config.overwrite)
+            raise SystemExit(f"stopped at step {step}; {go_on} from " + ("there" if save else "the beginning"))
         if done:
             break
         (_, _, longest, _, _), examples = next(batches)

@@ -189,7 +189,7 @@ def file_pieces(key, path, text_field, lone):
             for i, (text, ends) in enumerate(text_sections(path, SECTION_CHARS if lone else BATCH_CHARS)):
                 yield f"{key}#{i}" if lone else key, text, ends
         else:
-            for number, row in enumerate(parquet_rows(path, text_field) if path.endswith(".parquet") else json_rows(path), 1):
+            for number, row in enumerate(parquet_rows(path, text_field), 1) if path.endswith(".parquet") else json_rows(path):
                 yield row_piece(row, text_field, f"{path}: row {number}")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         raise SystemExit(f"error: cannot read {path}: {e}") from None
@@ -218,11 +218,12 @@ def text_sections(path, size):
 
 
 def json_rows(path):
+    """(number, row) of every line that is not blank."""
     with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 if not line.isspace():
-                    yield json.loads(line)
+                    yield number, json.loads(line)
             except ValueError as e:
                 raise SystemExit(f"error: {path}:{number}: not JSON ({e})") from None
 

@@ -908,7 +908,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(prepared):
     assert open("out/ckpt.pt", "rb").read() == before and not os.path.exists("out/ckpt.pt.tmp")
 
 
-def test_a_checkpoint_is_extended_by_yarn_and_given_meta_tokens(prepared):
+def test_a_checkpoint_is_extended_by_yarn_and_given_meta_tokens(prepared, capsys):
     train.train(settings.load([*SMALL, "--max_iters=2", "--out_dir=meta"]))
     prepare.prepare(configure("--block_size=64", "--dataset=long"))
     train.train(settings.load([*SMALL, "--n_layer=2", "--init_from=meta", "--out_dir=yarn", "--dataset=long", "--block_size=64",
@@ -917,9 +917,12 @@ def test_a_checkpoint_is_extended_by_yarn_and_given_meta_tokens(prepared):
     assert (config["block_size"], config["original_block_size"], config["yarn_scale"]) == (64, 32, 2.0)
     with open("before.py", "w") as file:  # what it was before is no wish to go back
         file.write("block_size = 32\n")
+    capsys.readouterr()
     for arguments, window in (([], 64), (["--block_size=48"], 48)):
         config = train.load_saved(settings.load(["before.py", "--init_from=yarn", *arguments]))[0].config
         assert (config.block_size, config.yarn_scale) == (window, 2.0)
+        said = "block_size=64, as the checkpoint has it; --block_size=32 would be as before.py:1 has it\n"
+        assert capsys.readouterr().err == (said if window == 64 else "")
 
     prepare.prepare(configure("--meta_rate=0", "--dataset=plain"))
     train.train(settings.load([*SMALL, "--max_iters=2", "--out_dir=plain", "--dataset=plain", "--meta_rate=0", "--meta_attention=False"]))
@@ -953,6 +956,15 @@ def test_eval_only_evaluates_the_trained_model(prepared, capsys):
     for arguments in ([], ["again.py"]):
         train.train(settings.load([*SMALL, *arguments, "--eval_only"]))
         assert f"validation {best:.4f} nats per text token, a perplexity of {math.exp(best):.2f}" in capsys.readouterr().out
+    prepare.prepare(configure("--meta_rate=0", "--dataset=plain"))
+    plain = [*SMALL, "--dataset=plain", "--out_dir=plain"]
+    train.train(settings.load([*plain, "--max_iters=2", "--meta_rate=0", "--meta_attention=False"]))
+    best = train.load_checkpoint("plain")["best_val_loss"]
+    capsys.readouterr()
+    train.train(settings.load([*plain, "--eval_only"]))  # it remembers its meta_rate
+    assert f"validation {best:.4f}" in capsys.readouterr().out
+    assert "meta_rate=0.1, but the checkpoint has no meta-tokens" in refusal(
+        train.train, settings.load([*SMALL, "--init_from=plain", "--eval_only", "--meta_rate=0.1"]))
 
 
 def test_a_log_cut_short_by_a_crash_is_read_up_to_there(prepared):
@@ -1396,7 +1408,7 @@ def test_a_stop_request_saves_no_weights_that_are_not_finite(tmp_path, monkeypat
     arguments = ["--init_from=meta.pt", *TUNE, "--val_interval=100", "--task_warmup=0"]
     assert "the gradient's norm nan" in refusal(eval_synthetic.main, [*arguments, "--task_lr=1e38"])
     assert glob.glob("out/*.pt") == []
-    with pytest.raises(SystemExit, match="stopped at step 4; the same command goes on from there, without --overwrite$"):
+    with pytest.raises(SystemExit, match="stopped at step 4; the same command without --overwrite goes on from there$"):
         eval_synthetic.main([*arguments, "--task_lr=1e-3", "--overwrite"])
     assert len(glob.glob("out/*.pt")) == 1
 
@@ -1674,7 +1686,7 @@ def test_a_prompt_beyond_learned_positions_is_refused(prepared):
 def test_bad_sources_are_refused_in_one_line(workplace, monkeypatch):
     os.makedirs("bad")
     with open("bad/a.jsonl", "w") as file:
-        file.write('{"text": "fine"}\n{"text": 3}\n')
+        file.write('{"text": "fine"}\n\n{"text": 3}\n')
     with open("bad/b.jsonl", "w") as file:
         file.write("no json\n")
     with open("bad/c.parquet", "w") as file:
@@ -1685,7 +1697,7 @@ def test_bad_sources_are_refused_in_one_line(workplace, monkeypatch):
         file.write(gzip.compress(b'{"text": "a"}' * 999)[:-9])
     open("bad/empty.txt", "w").close()
     for source, expected in {"nowhere/*.txt": "source=nowhere/*.txt: no such file", "bad/b.jsonl": "bad/b.jsonl:1: not JSON",
-                             "bad/a.jsonl": "bad/a.jsonl: row 2 has no text in 'text'", "bad/c.parquet": "cannot read bad/c.parquet: ",
+                             "bad/a.jsonl": "bad/a.jsonl: row 3 has no text in 'text'", "bad/c.parquet": "cannot read bad/c.parquet: ",
                              "bad/d.jsonl": "cannot read bad/d.jsonl: ", "bad/e.json.gz": "cannot read bad/e.json.gz: ",
                              "texts,gone.txt": "source=gone.txt: no such file", "gone,texts": "source=gone: no such file",
                              "bad/empty.txt": "less than a block"}.items():

@@ -245,7 +245,7 @@ def model_of(checkpoint):
 
 def load_saved(config):
     """load_trained for what a config file has trained: of the checkpoint in out_dir, even where the file's init_from names the model
-    that the run began with, and with the checkpoint's window. What the command line says wins."""
+    that the run began with, and with the checkpoint's window and positions. What the command line says wins."""
     if not config.typed("init_from"):
         config.init_from = "resume"
     return load_trained(config, config.typed)
@@ -294,7 +294,8 @@ def sha256_of_weights(model):
 
 
 def adopt(config, found, is_asked):
-    """Takes architecture and tokenizer from a checkpoint. Meta-attention may be asked of a model without meta-tokens."""
+    """Takes architecture and tokenizer from a checkpoint, and says so where a config file would have it otherwise and may, if asked.
+    Meta-attention may be asked of a model without meta-tokens."""
     for name in ("tokenizer", *FROM_CHECKPOINT, *MAY_OVERRIDE):
         value, asked = found[name], getattr(config, name)
         was_asked = config.given(name) if name == "tokenizer" else config.typed(name)
@@ -302,6 +303,9 @@ def adopt(config, found, is_asked):
             continue
         if was_asked and asked != value:
             raise config.error(f"{name}={asked}, but the checkpoint has {value}: leave it out, or train from scratch")
+        if name in MAY_OVERRIDE and config.given(name) and asked != value:
+            print(f"{name}={value}, as the checkpoint has it; --{name}={asked} would be as {config.origin[name]} has it", file=sys.stderr)
+            config.origin[name] = "the checkpoint"
         setattr(config, name, value)
 
 
@@ -487,7 +491,7 @@ def check_start(config, machine):
         raise config.error(f"gradient_accumulation_steps={config.gradient_accumulation_steps} is not divisible by the "
                            f"{machine.world} processes")
     last = os.path.join(config.out_dir, "ckpt.pt")
-    if config.init_from != "resume" and os.path.exists(last) and not config.overwrite and not config.eval_only:
+    if config.init_from != "resume" and os.path.exists(last) and not config.overwrite:
         raise config.error(f"{config.out_dir} holds a run already: --init_from=resume goes on with it, --overwrite replaces it, "
                            "--out_dir= names another")
 
@@ -516,6 +520,9 @@ def open_model(config, manifest, trained):
     if trained is None:
         return GPT(new_model_config(config, manifest["text_vocab_size"]))
     if trained.config.meta_id is None and config.meta_rate > 0:
+        if config.eval_only:
+            raise config.error(f"meta_rate={config.meta_rate}, but the checkpoint has no meta-tokens: name a --dataset= of plain text, and "
+                               "--meta_rate=0")
         return trained.with_meta_tokens(manifest["meta_id"], config.meta_attention)
     if trained.config.meta_id is None and config.meta_attention and config.given("meta_attention"):
         raise no_meta_tokens(config)
@@ -527,10 +534,11 @@ def train(config):
     torch.manual_seed(config.seed)
     if config.init_from == "resume":
         resume_settings(config)
-    check_start(config, machine)
     if config.eval_only:
         trained, checkpoint = load_saved(config)
+        adopt_settings(config, checkpoint, ("meta_rate", "meta_placement"))
     else:
+        check_start(config, machine)
         trained, checkpoint = (None, None) if config.init_from == "scratch" else load_trained(config, config.given)
     manifest = open_data(config, machine)
     train_blocks, val_blocks = (Blocks(config, manifest, split) for split in ("train", "val"))
@@ -553,7 +561,6 @@ def train(config):
     del checkpoint, trained
     if machine.world > 1:
         model = DistributedDataParallel(local_model, device_ids=[machine.device.index] if machine.type == "cuda" else None,
-                                        gradient_as_bucket_view=True,
                                         find_unused_parameters=raw_model.config.meta_attention and n_meta == 0)
 
     own_micro_batches = config.gradient_accumulation_steps // machine.world
