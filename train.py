@@ -520,13 +520,24 @@ def open_model(config, manifest, trained):
     if trained is None:
         return GPT(new_model_config(config, manifest["text_vocab_size"]))
     if trained.config.meta_id is None and config.meta_rate > 0:
-        if config.eval_only:
-            raise config.error(f"meta_rate={config.meta_rate}, but the checkpoint has no meta-tokens: name a --dataset= of plain text, and "
-                               "--meta_rate=0")
         return trained.with_meta_tokens(manifest["meta_id"], config.meta_attention)
     if trained.config.meta_id is None and config.meta_attention and config.given("meta_attention"):
         raise no_meta_tokens(config)
     return trained
+
+
+def evaluate_saved(config, machine):
+    """Prints the validation loss of the model that the config has trained, or that the command line names."""
+    trained, checkpoint = load_saved(config)
+    adopt_settings(config, checkpoint, ("meta_rate", "meta_placement"))
+    manifest = open_data(config, machine)
+    if trained.config.meta_id is None and config.meta_rate > 0:
+        raise config.error(f"meta_rate={config.meta_rate}, but the checkpoint has no meta-tokens: name a --dataset= of plain text, and "
+                           "--meta_rate=0")
+    model = open_model(config, manifest, trained).to(machine.device)
+    loss = evaluate(torch.compile(model) if machine.compile else model, Blocks(config, manifest, "val"), config, machine)
+    if machine.rank == 0:
+        print(f"validation {loss:.4f} nats per text token, a perplexity of {math.exp(loss):.2f}")
 
 
 def train(config):
@@ -535,23 +546,14 @@ def train(config):
     if config.init_from == "resume":
         resume_settings(config)
     if config.eval_only:
-        trained, checkpoint = load_saved(config)
-        adopt_settings(config, checkpoint, ("meta_rate", "meta_placement"))
-    else:
-        check_start(config, machine)
-        trained, checkpoint = (None, None) if config.init_from == "scratch" else load_trained(config, config.given)
+        return evaluate_saved(config, machine)
+    check_start(config, machine)
+    trained, checkpoint = (None, None) if config.init_from == "scratch" else load_trained(config, config.given)
     manifest = open_data(config, machine)
     train_blocks, val_blocks = (Blocks(config, manifest, split) for split in ("train", "val"))
     n_meta = manifest["meta_per_block"]
 
     raw_model = open_model(config, manifest, trained).to(machine.device)
-    local_model = model = torch.compile(raw_model) if machine.compile else raw_model
-    if config.eval_only:
-        loss = evaluate(local_model, val_blocks, config, machine)
-        if machine.rank == 0:
-            print(f"validation {loss:.4f} nats per text token, a perplexity of {math.exp(loss):.2f}")
-        return
-
     optimizer = raw_model.configure_optimizer(config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
     scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
     step, best, minutes_before = 0, math.inf, 0.0
@@ -559,6 +561,7 @@ def train(config):
         step, best, minutes_before = checkpoint["step"], checkpoint["best_val_loss"], checkpoint["minutes"]
         load_optimizer(optimizer, scaler, checkpoint)
     del checkpoint, trained
+    local_model = model = torch.compile(raw_model) if machine.compile else raw_model
     if machine.world > 1:
         model = DistributedDataParallel(local_model, device_ids=[machine.device.index] if machine.type == "cuda" else None,
                                         find_unused_parameters=raw_model.config.meta_attention and n_meta == 0)

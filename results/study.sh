@@ -78,9 +78,10 @@ more_models() {  # of the first seed: four times as many steps, learned position
 }
 
 beyond() {  # tuned on up to 512 tokens, and measured far beyond: as trained, and with YaRN
-    local settings="--block_size=1024 --train_length=512 --phase_steps=1000 --val_interval=200 --eval_lengths=256,512,768,1024,1280 --rows=full"
-    lines copying task $settings | sed "s/'\(.*\)'/'no YaRN, \1'/; / meta 'no/s/\$/,no_pos/"
-    lines copying task $settings | sed "s/'\(.*\)'/'YaRN, \1'/; / meta 'YaRN/s/\$/,no_pos/; s/\$/ --yarn_scale=4/"
+    local settings="--block_size=1024 --train_length=512 --phase_steps=1000 --val_interval=200 --eval_lengths=256,512,768,1024,1280 --rows=full" variant
+    for variant in "no YaRN=1" "YaRN=4"; do
+        lines copying task $settings | sed "/ meta '/s/\$/,no_pos/; s/'\(.*\)'/'${variant%=*}, \1'/; s/\$/ --yarn_scale=${variant#*=}/"
+    done
 }
 
 variants() {  # settings of Copying...: these, tuned
