@@ -67,7 +67,10 @@ rates() {  # task placement settings...: the same at other learning rates, of th
     done
 }
 
-more_models() {  # of the first seed: four times as many steps, learned positions, and meta-tokens at other rates and places
+more_models() {  # D with F's four layers; of the first seed: four times as many steps, learned positions, meta-tokens at other rates and places
+    for seed in $seeds; do
+        echo "pretrain deepmeta $seed --n_layer=4"
+    done
     echo "pretrain gpt2long $first $plain --max_iters=12000"
     echo "pretrain long $first --max_iters=12000"
     echo "pretrain ape $first --pos=absolute"
@@ -85,6 +88,10 @@ beyond() {  # tuned on up to 512 tokens, and measured far beyond: as trained, an
 }
 
 variants() {  # settings of Copying...: these, tuned
+    for seed in $seeds; do
+        echo "tune deepmeta $seed copying all meta 'four layers, D meta' $* $everywhere"
+        echo "tune deep $seed copying all meta 'four layers, E GPT-2, meta added' $* $everywhere --add_meta"
+    done
     echo "tune gpt2long $first copying task text 'long, B GPT-2, #' $*"
     echo "tune long $first copying task meta 'long, D meta' $*"
     echo "tune gpt2long $first copying none none 'long, A GPT-2' $* $everywhere"
@@ -117,6 +124,7 @@ fi
         for seed in $seeds; do
             echo "tune gpt2 $seed copying none none 'A GPT-2, 3,600 steps' $copying $everywhere"
             echo "tune meta $seed copying all meta 'D meta at 4e-3' $copying $everywhere --task_lr=4e-3"
+            [ "$seed" = "$first" ] || echo "tune meta $seed copying task meta 'rate 4e-3, D meta' $copying --task_lr=4e-3"
         done
         rates copying task $copying
         beyond
@@ -132,7 +140,7 @@ if [ "$name" = study ]; then
     cp results/synthetic.png results/study/beyond.png
     cp results/rate_*.json results/study/rates/
     cp results/{YaRN,no_YaRN}_*.json results/study/beyond/
-    cp results/{?_*_segment_counting,?_*_parity,long,learned,k05,k20,periodic}*.json results/study/variants/
+    cp results/{?_*_segment_counting,?_*_parity,long,learned,four,k05,k20,periodic}*.json results/study/variants/
 fi
 python eval_synthetic.py --plot "${shown[@]}"
 cp "${shown[@]}" results/synthetic.png "results/$name/"
