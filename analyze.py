@@ -21,18 +21,18 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 
-import numpy as np
-import torch
-import torch.nn as nn
-from torch.nn import functional as F
-from tqdm import tqdm
-
 import config as settings
 import eval_synthetic
 import prepare
 import sample
 import train
 from model import rotate
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from tqdm import tqdm
 
 SCORES = 1 << 24                     # attention scores, or logits, that are held at once: 64 MB
 TOKENS = 1 << 13                     # tokens of a batch

@@ -19,15 +19,15 @@ import tempfile
 import time
 from dataclasses import asdict, replace
 
-import numpy as np
-import torch
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 import config as settings
 import prepare
 from model import GPT, GPTConfig, LinearCrossEntropy, MetaAttention, rotate
 from train import Blocks, Machine, micro_batches, prefetched
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROUNDS = 7
 SEQUENCES = 96  # of an optimiser step on a GPU, in as many micro-batches as they take: train.py has several, too

@@ -25,14 +25,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 
-import numpy as np
-import torch
-from torch.nn import functional as F
-
 import config as settings
 import prepare
 import train
 from model import rope_frequencies
+
+import numpy as np
+import torch
+from torch.nn import functional as F
 
 FORMAT = "synthetic tasks 1"
 CONTENT = {"label", "task", "placement", "marker", "train_length", "seeds", "learning_rate", "validation", "tests", "rows", "run", "config"}

@@ -27,11 +27,11 @@ from collections import deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 
+import config as settings
+
 import numpy as np
 import tiktoken
 from tqdm import tqdm
-
-import config as settings
 
 META = "<|meta|>"                 # how the meta-token is printed
 SHARD_TOKENS = 100_000_000

@@ -8,12 +8,12 @@ import codecs
 import os
 import sys
 
-import numpy as np
-import torch
-
 import config as settings
 from prepare import decode, get_tokenizer, inject, meta_per_block, meta_places
 from train import adopt_settings, load_saved, pick_device
+
+import numpy as np
+import torch
 
 
 def read_start(config):

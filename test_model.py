@@ -19,12 +19,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import tiktoken
-import torch
-from torch.nn import functional as F
-
 import analyze
 import config as settings
 import eval_synthetic
@@ -32,6 +26,12 @@ import prepare
 import sample
 import train
 from model import GPT, GPTConfig, LinearCrossEntropy, pad_vocab, rope_frequencies
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+from torch.nn import functional as F
 
 torch.set_num_threads(1)  # tiny models: two threads would wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -1481,6 +1481,21 @@ def test_quickstart_prepares_trains_samples(tmp_path):
         assert ("<|meta|>" in result.stdout) == ("--show_meta" in args)
     again = script("train.py", f"{HERE}/config/quickstart.py", cwd=tmp_path)
     assert again.returncode == 1 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "eval_synthetic", "sample", "analyze", "bench"])
+def test_torch_finds_the_short_spin_when_it_loads(name):
+    """OpenMP reads it then: config has to come before torch in every script."""
+    program = f"""import os, sys
+class AtTorch:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, AtTorch())
+import {name}"""
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"} | {"PYTHONPATH": HERE}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True).stdout == "1000\n"
 
 
 def test_one_config_file_drives_every_script(workplace, capsys):

@@ -23,14 +23,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields
 
+import config as settings
+import prepare
+from model import GPT, GPTConfig, pad_vocab, read_torch_file
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-
-import config as settings
-import prepare
-from model import GPT, GPTConfig, pad_vocab, read_torch_file
 
 FROM_CHECKPOINT = ("n_layer", "n_head", "n_embd", "bias", "pos", "rope_base", "beta_fast", "beta_slow", "meta_attention")
 MAY_OVERRIDE = ("block_size", "yarn_scale", "dropout", "zero_meta_pos", "zero_meta_embd")
