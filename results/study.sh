@@ -69,7 +69,7 @@ rates() {  # task placement settings...: the same at other learning rates, of th
 
 more_models() {  # D with F's four layers; of the first seed: four times as many steps, learned positions, meta-tokens at other rates and places
     for seed in $seeds; do
-        echo "pretrain deepmeta $seed --n_layer=4"
+        echo "pretrain deepmeta $seed --n_layer=$((layers * 4 / 3))"
     done
     echo "pretrain gpt2long $first $plain --max_iters=12000"
     echo "pretrain long $first --max_iters=12000"
