@@ -36,6 +36,10 @@ from torch.nn import functional as F
 torch.set_num_threads(1)  # tiny models: two threads would wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
 
+
+# --------------------------------------------------------------------------------------
+# Tools that several parts share
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 META = 60
 TINY = GPTConfig(block_size=64, vocab_size=64, n_layer=2, n_head=2, n_embd=16, meta_id=META)
@@ -67,8 +71,86 @@ def text_with_meta(counts, T=24, seed=0):
     return idx
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The model, against the formulas with dense masks
+def small_model(**changes):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{"block_size": 256, "vocab_size": 320, "n_layer": 2, "n_head": 2, "n_embd": 64, "meta_id": 257} | changes))
+
+
+def save_model(path, **changes):
+    model = small_model(**{"n_embd": 16, "n_layer": 1} | changes)
+    train.save(path, {"model": model.state_dict(), "model_config": vars(model.config), "step": 7,
+                      "settings": {"tokenizer": "bytes", "seed": 5}})
+
+
+def weights_of(folder):
+    return train.load_checkpoint(folder)["model"]
+
+
+def folder_bytes(folder):
+    return {name: open(os.path.join(folder, name), "rb").read() for name in sorted(os.listdir(folder))}
+
+
+def refusal(run, *args):
+    """The one line with which run(*args) refuses."""
+    with pytest.raises(SystemExit) as refused:
+        run(*args)
+    message = str(refused.value)
+    assert "\n" not in message.strip() and message.startswith("error: ")
+    return message
+
+
+def script(name, *args, launcher=(), **options):
+    """Runs one of our scripts as a user does."""
+    return subprocess.run([sys.executable, *launcher, os.path.join(HERE, name), *args], capture_output=True, text=True, timeout=120,
+                          env=os.environ | options.pop("env", {}), **options)
+
+
+TEXTS = [f"Document {i}: " + " ".join(f"word{i * j % 97}" for j in range(5 + i * 7 % 60)) + "\n\n  é ✓\n" for i in range(120)]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder to work in, with the documents TEXTS in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "SHARD_TOKENS", 640)
+    os.makedirs("texts/deep")
+    for i, text in enumerate(TEXTS):
+        with open(f"texts/{'deep/' if i % 2 else ''}{i:03d}.txt", "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+    return tmp_path
+
+
+DATA = ["--source=texts", "--dataset=d", "--tokenizer=bytes", "--block_size=32", "--val_fraction=0.2", "--workers=1"]
+
+
+def configure(*args):
+    return settings.load([*DATA, *args])
+
+
+@pytest.fixture
+def prepared(workplace):
+    prepare.prepare(configure())
+    return workplace
+
+
+def read_split(split, folder="data/d"):
+    """All tokens of a split, read without the project's code."""
+    with open(f"{folder}/manifest.json") as file:
+        manifest = json.load(file)
+    shards = [np.fromfile(path, np.uint16) for path in sorted(glob.glob(f"{folder}/{split}_*.bin"))]
+    for shard, following in zip(shards, shards[1:]):
+        assert shard[-1] == following[0]  # the copy of the next block's first
+    assert [len(s) for s in shards] == [s["tokens"] for s in manifest["splits"][split]["shards"]]
+    return np.concatenate([s[:-1] for s in shards]), int(shards[-1][-1]), manifest
+
+
+SMALL = [*DATA, "--n_layer=2", "--n_head=2", "--n_embd=16", "--batch_size=2", "--gradient_accumulation_steps=2", "--warmup_iters=2",
+         "--eval_tokens=128", "--device=cpu", "--dtype=float32", "--max_iters=12", "--eval_interval=4", "--log_interval=2",
+         "--learning_rate=1e-2"]
+
+
+# --------------------------------------------------------------------------------------
+# model.py: against the formulas with dense masks
 
 def dense_attention(x, layer, n_head, allowed, angles, scale):
     """softmax(QK^T/sqrt(d) + mask) V with an explicit (B, T, T) mask and complex rotations; rows that see nothing are 0."""
@@ -344,8 +426,8 @@ def test_impossible_architectures_are_refused(changes):
         replace(TINY, **changes)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Generation
+# --------------------------------------------------------------------------------------
+# model.py: generation
 
 @pytest.mark.parametrize("changes", [{}, {"pos": "absolute"}, {"pos": "none"}, {"zero_meta_pos": True}, {"meta_attention": False}],
                          ids=str)
@@ -400,8 +482,8 @@ def test_top_k_and_top_p_keep_the_likeliest():
     assert drawn(top_k=None, top_p=0.81) == {0, 1, 2}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# GPT-2's own weights
+# --------------------------------------------------------------------------------------
+# model.py: GPT-2's own weights
 
 def hugging_face_folder(folder, vocab=50):
     """A tiny GPT-2 of random weights in Hugging Face's format."""
@@ -467,8 +549,95 @@ def test_a_folder_without_a_gpt2_is_refused(tmp_path):
         GPT.from_pretrained(str(tmp_path))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Injection
+# --------------------------------------------------------------------------------------
+# config: settings and the parser
+
+@pytest.mark.parametrize("path", sorted(glob.glob(f"{HERE}/config/*.py")))
+def test_every_config_describes_a_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if path.endswith("__init__.py"):
+        pytest.skip("not a config")
+    config = settings.load([path])
+    name = os.path.basename(path).removesuffix(".py")
+    worlds = {"study": (1,), "study_gpu": (1,), "quickstart": (1, 2), "meta_gpt2_h100": (1, 2)}  # small ones are for few processes
+    for world in worlds.get(name, (1, 2, 8)):
+        train.check_start(config, SimpleNamespace(world=world))
+    if config.init_from == "scratch":
+        with torch.device("meta"):
+            n = GPT(train.new_model_config(config, 257 if config.tokenizer == "bytes" else 50257)).num_params() / 1e6
+        like = {"meta_gpt2_h100": "meta_gpt2"}.get(name, name)  # README gives the millions of parameters
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            assert f"{n:.1f}" == re.search(rf"^\| `{like}` \|.*\| ([\d.]+)M \|$", file.read(), re.M)[1]
+
+
+def test_the_defaults_are_the_papers_run():
+    defaults, paper = settings.load([]), settings.load([f"{HERE}/config/meta_gpt2.py"])
+    differing = {name for name in settings.SETTINGS if getattr(defaults, name) != getattr(paper, name)}
+    assert differing == {"out_dir", "max_tokens"}
+    assert train.new_model_config(defaults, 50257) == GPTConfig()
+
+
+def test_help_lists_every_setting_with_its_meaning(capsys):
+    with pytest.raises(SystemExit):
+        settings.load(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for name in settings.SETTINGS:
+        [line] = [line for line in lines if line.startswith(f"  --{name}=")]
+        assert len(line.split("  ")[-1]) > 5
+
+
+def test_values_are_read_as_their_settings_want_them(tmp_path):
+    (tmp_path / "c.py").write_text('"""A config."""\nn_layer = 3 * 2\nlearning_rate = 1  # an int\nmax_tokens = 1e9\nn_head = 2\n')
+    config = settings.load([str(tmp_path / "c.py"), "--n_head=4", "--overwrite", "--bias=true", "--compile", "--max_iters=1e3",
+                            "--start=a=b"])
+    assert (config.n_layer, config.learning_rate, config.max_tokens, config.n_head) == (6, 1.0, 1_000_000_000, 4)
+    assert (config.overwrite, config.bias, config.compile, config.max_iters, config.start) == (True, True, "true", 1000, "a=b")
+    assert config.origin["n_layer"].endswith("c.py:2") and config.origin["n_head"] == "command line"
+
+
+@pytest.mark.parametrize("args, expected", [
+    (["--blok_size=3"], "command line: unknown setting 'blok_size' (did you mean block_size?)"),
+    (["--n_layer=many"], "command line: n_layer=many: expected a whole number"),
+    (["--n_layer=2.5"], "expected a whole number"),
+    (["--bias=7"], "expected True or False"),
+    (["--learning_rate"], "expected a number (write --learning_rate=...)"),
+    (["--compile=perhaps"], "compile=perhaps: expected one of auto, true, false"),
+    (["--pos=sinus"], "pos=sinus: expected one of rope, absolute, none"),
+    (["--batch_size=0"], "batch_size=0 must be positive"),
+    (["--meta_rate=1.5"], "meta_rate=1.5 must be"),
+    (["--meta_rate=0.001", "--block_size=64"], "meta_rate=0.001 puts no meta-token"),
+    (["missing.py"], "no config file 'missing.py'"),
+    (["bad_syntax.py"], "bad_syntax.py:2: "),
+    (["bad_line.py"], "bad_line.py:1: a config file holds assignments only"),
+    (["bad_call.py"], "bad_call.py:1: "),
+    (["bad_key.py"], "bad_key.py:2: unknown setting 'n_layers' (did you mean n_layer?)"),
+    (["bad_type.py"], "bad_type.py:1: n_head=a dozen: expected a whole number"),
+])
+def test_bad_settings_are_refused_in_one_line(tmp_path, monkeypatch, args, expected):
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"bad_syntax": "n_layer = 1\nn_head = (", "bad_line": "import os", "bad_call": "n_layer = open('x')",
+                       "bad_key": "n_head = 2\nn_layers = 3", "bad_type": "n_head = 'a dozen'"}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    assert expected in refusal(settings.load, args)
+
+
+@pytest.mark.parametrize("name", ["train", "eval_synthetic", "sample", "analyze", "bench"])
+def test_torch_finds_the_short_spin_when_it_loads(name):
+    """OpenMP reads it then: config has to come before torch in every script."""
+    program = f"""import os, sys
+class AtTorch:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, AtTorch())
+import {name}"""
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"} | {"PYTHONPATH": HERE}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True).stdout == "1000\n"
+
+
+# --------------------------------------------------------------------------------------
+# prepare.py
 
 def test_every_block_has_its_meta_tokens_at_distinct_places_behind_the_first():
     for seed in range(5):
@@ -500,48 +669,6 @@ def test_a_character_with_a_meta_token_inside_is_decoded_whole():
     a, b = "é".encode()
     assert prepare.decode(encoding, [65, a, 257, b, 256]) == "Aé"
     assert prepare.decode(encoding, [65, 257, 66, 257, 257, 256], show_meta=True) == "A<|meta|>B<|meta|><|meta|><|endoftext|>"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Preparation
-
-TEXTS = [f"Document {i}: " + " ".join(f"word{i * j % 97}" for j in range(5 + i * 7 % 60)) + "\n\n  é ✓\n" for i in range(120)]
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """An empty folder to work in, with the documents TEXTS in it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare, "SHARD_TOKENS", 640)
-    os.makedirs("texts/deep")
-    for i, text in enumerate(TEXTS):
-        with open(f"texts/{'deep/' if i % 2 else ''}{i:03d}.txt", "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-    return tmp_path
-
-
-DATA = ["--source=texts", "--dataset=d", "--tokenizer=bytes", "--block_size=32", "--val_fraction=0.2", "--workers=1"]
-
-
-def configure(*args):
-    return settings.load([*DATA, *args])
-
-
-@pytest.fixture
-def prepared(workplace):
-    prepare.prepare(configure())
-    return workplace
-
-
-def read_split(split, folder="data/d"):
-    """All tokens of a split, read without the project's code."""
-    with open(f"{folder}/manifest.json") as file:
-        manifest = json.load(file)
-    shards = [np.fromfile(path, np.uint16) for path in sorted(glob.glob(f"{folder}/{split}_*.bin"))]
-    for shard, following in zip(shards, shards[1:]):
-        assert shard[-1] == following[0]  # the copy of the next block's first
-    assert [len(s) for s in shards] == [s["tokens"] for s in manifest["splits"][split]["shards"]]
-    return np.concatenate([s[:-1] for s in shards]), int(shards[-1][-1]), manifest
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.0])
@@ -589,10 +716,6 @@ def test_preparation_works_however_processes_start(workplace, method):
     result = subprocess.run([sys.executable, "program.py", *arguments], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert folder_bytes("data/other") == folder_bytes("data/usual")
-
-
-def folder_bytes(folder):
-    return {name: open(os.path.join(folder, name), "rb").read() for name in sorted(os.listdir(folder))}
 
 
 @pytest.mark.parametrize("limit", ["--max_tokens=0", "--max_tokens=9000"])
@@ -720,19 +843,43 @@ def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
     assert 5e6 < sum(os.path.getsize(path) for _, path in files) < 40e6
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
+def test_bad_sources_are_refused_in_one_line(workplace, monkeypatch):
+    os.makedirs("bad")
+    with open("bad/a.jsonl", "w") as file:
+        file.write('{"text": "fine"}\n\n{"text": 3}\n')
+    with open("bad/b.jsonl", "w") as file:
+        file.write("no json\n")
+    with open("bad/c.parquet", "w") as file:
+        file.write("no parquet")
+    with open("bad/d.jsonl", "wb") as file:
+        file.write(b'{"text": "\xff"}')
+    with open("bad/e.json.gz", "wb") as file:
+        file.write(gzip.compress(b'{"text": "a"}' * 999)[:-9])
+    open("bad/empty.txt", "w").close()
+    for source, expected in {"nowhere/*.txt": "source=nowhere/*.txt: no such file", "bad/b.jsonl": "bad/b.jsonl:1: not JSON",
+                             "bad/a.jsonl": "bad/a.jsonl: row 3 has no text in 'text'", "bad/c.parquet": "cannot read bad/c.parquet: ",
+                             "bad/d.jsonl": "cannot read bad/d.jsonl: ", "bad/e.json.gz": "cannot read bad/e.json.gz: ",
+                             "texts,gone.txt": "source=gone.txt: no such file", "gone,texts": "source=gone: no such file",
+                             "bad/empty.txt": "less than a block"}.items():
+        assert expected in refusal(prepare.prepare, configure(f"--source={source}"))
+    assert "val_fraction=0.0 left the val split 0 text tokens" in refusal(prepare.prepare, configure("--val_fraction=0"))
+    assert not os.path.exists("data/d/manifest.json")
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_: (_ for _ in ()).throw(ConnectionError("offline")))
+    assert "cannot be read from the Hugging Face hub (ConnectionError: offline): go online" in refusal(
+        prepare.prepare, configure("--source=allenai/c4:en"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: (_ for _ in ()).throw(ConnectionError("offline")))
+    assert "cannot get config.json of 'gpt2' from the Hugging Face hub (ConnectionError): go online, or put" in refusal(
+        train.main, ["--init_from=gpt2", "--device=cpu"])
 
-SMALL = [*DATA, "--n_layer=2", "--n_head=2", "--n_embd=16", "--batch_size=2", "--gradient_accumulation_steps=2", "--warmup_iters=2",
-         "--eval_tokens=128", "--device=cpu", "--dtype=float32", "--max_iters=12", "--eval_interval=4", "--log_interval=2",
-         "--learning_rate=1e-2"]
+
+def test_without_the_network_gpt2s_bpe_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("offline")))
+    assert "set TIKTOKEN_CACHE_DIR" in refusal(prepare.get_tokenizer, "gpt2")
 
 
-def script(name, *args, launcher=(), **options):
-    """Runs one of our scripts as a user does."""
-    return subprocess.run([sys.executable, *launcher, os.path.join(HERE, name), *args], capture_output=True, text=True, timeout=120,
-                          env=os.environ | options.pop("env", {}), **options)
-
+# --------------------------------------------------------------------------------------
+# train.py, with checkpoint.py and machine.py
 
 def test_an_epoch_visits_every_block_once():
     for n in (1, 2, 3, 17, 64, 1000, 4097):
@@ -811,10 +958,6 @@ def test_a_run_in_bfloat16_keeps_float32_weights_and_learns(prepared, capsys):
     losses = [json.loads(line).get("val_loss") for line in open("out/log.jsonl")]
     assert losses[-1] < losses[1] - 0.3
     sample.main(["--device=cpu", "--dtype=bfloat16", "--max_new_tokens=5"])
-
-
-def weights_of(folder):
-    return train.load_checkpoint(folder)["model"]
 
 
 def test_a_run_killed_and_resumed_ends_with_the_same_bits(prepared):
@@ -989,8 +1132,108 @@ def test_gradient_accumulation_is_shared_by_the_processes(prepared):
         train.check_start(settings.load([]), machine)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Synthetic tasks
+@pytest.mark.parametrize("args, expected", [
+    (["--n_embd=15"], "n_embd=15 is not divisible by n_head=2 (n_embd: command line, n_head: command line)"),
+    (["--n_embd=6"], "needs an even head size"),
+    (["--pos=absolute", "--yarn_scale=2"], "yarn_scale=2.0 extends a trained model"),
+    (["--meta_rate=0"], "meta_attention=True needs meta-tokens, but meta_rate=0.0"),
+    (["--dataset=nothing"], "no data in data/nothing: run python prepare.py --dataset=nothing --source=texts --tokenizer=bytes"),
+    (["--block_size=64"], "was prepared with block_size 32, but block_size=64"),
+    (["--meta_rate=0.2"], "was prepared with meta_rate 0.1, but meta_rate=0.2"),
+    (["--tokenizer=gpt2"], "was prepared with tokenizer bytes, but tokenizer=gpt2"),
+    (["--init_from=nowhere"], "no checkpoint nowhere"),
+    (["--init_from=resume"], "no checkpoint out/ckpt.pt"),
+    (["--device=quantum"], "device=quantum: expected cpu, cuda, cuda:N or mps"),
+    (["--device=meta"], "device=meta: expected cpu, cuda, cuda:N or mps"),
+    (["--device=cuda:99"], "device=cuda:99, but this machine has"),
+])
+def test_impossible_runs_are_refused_in_one_line(prepared, args, expected):
+    assert expected in refusal(train.main, [*SMALL, *args])
+    assert not os.path.exists("out")
+
+
+def test_damaged_data_are_refused_in_one_line(prepared):
+    def refused():
+        return refusal(train.main, SMALL)
+
+    shard, manifest = "data/d/train_00000.bin", open("data/d/manifest.json").read()
+    content = open(shard, "rb").read()
+    open(shard, "wb").write(content[:-2])
+    assert f"{shard} has {len(content) - 2} bytes, not {len(content)}" in refused()
+    open(shard, "wb").write(b"\xff\xff" + content[2:])
+    assert f"{shard} was altered" in refused()
+    config = settings.load(SMALL)
+    blocks = train.Blocks(config, prepare.read_manifest(config), "train")
+    assert "token id 65535 is beyond the vocabulary" in refusal(blocks.batch, [0])
+    os.remove(shard)
+    assert f"{shard} is missing" in refused()
+    for damaged in (manifest[:100], "[]", manifest.replace('"block_size"', '"blok_size"')):
+        open("data/d/manifest.json", "w").write(damaged)
+        assert "manifest.json is damaged" in refused()
+    os.remove("data/d/manifest.json")
+    assert "no data in data/d" in refused()
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch was_run",)
+
+
+def test_bad_checkpoints_are_refused_in_one_line(prepared):
+    train.train(settings.load([*SMALL, "--max_iters=1"]))
+    content, checkpoint = open("out/ckpt.pt", "rb").read(), torch.load("out/ckpt.pt")
+
+    def refused(*args):
+        return refusal(sample.main, ["--device=cpu", *args])
+
+    assert "n_layer=5, but the checkpoint has 2" in refused("--n_layer=5")
+    assert "n_layer=5, but the checkpoint has 2" in refusal(train.main, [*SMALL, "--n_layer=5", "--init_from=resume"])
+    open("bpe.py", "w").write('tokenizer = "gpt2"')
+    for tokenizer in ("--tokenizer=gpt2", "bpe.py"):
+        assert "tokenizer=gpt2, but the checkpoint has bytes" in refused(tokenizer)
+    for name, data in {"truncated": content[:len(content) // 2], "text": b"hello", "byte": b"\x80",
+                       "malicious": pickle.dumps(Malicious(), protocol=2)}.items():
+        open(f"{name}.pt", "wb").write(data)
+        assert f"{name}.pt is" in refused(f"--init_from={name}.pt")
+    assert not os.path.exists("was_run")
+    torch.save({"weights": torch.zeros(1)}, "other.pt")
+    assert "other.pt is not a checkpoint of train.py" in refused("--init_from=other.pt")
+    checkpoint["model_config"]["n_embd"] = 32
+    torch.save(checkpoint, "changed.pt")
+    assert "of another architecture" in refused("--init_from=changed.pt")
+    checkpoint["model_config"].pop("pos")
+    torch.save(checkpoint, "older.pt")
+    assert "was written by another version: its architecture differs in pos" in refused("--init_from=older.pt")
+    assert "start=: an empty prompt" in refused("--start=")
+    assert "start=FILE:nowhere.txt: No such file" in refused("--start=FILE:nowhere.txt")
+    checkpoint = torch.load("out/ckpt.pt")
+    checkpoint["model_config"] |= {"meta_id": None, "meta_attention": False}
+    checkpoint["model"] = {name: p for name, p in checkpoint["model"].items() if "meta" not in name}
+    torch.save(checkpoint, "plain.pt")
+    assert "meta_rate=0.1, but the model has no meta-tokens" in refused("--init_from=plain.pt", "--meta_rate=0.1")
+
+
+# --------------------------------------------------------------------------------------
+# sample.py
+
+def test_a_prompt_gets_its_meta_tokens():
+    config = settings.load(["--meta_rate=0.25", "--block_size=16"])
+    tokens = sample.inject_prompt(list(range(1, 31)), config, 99)
+    assert tokens[tokens != 99].tolist() == list(range(1, 31)) and tokens[-1] != 99
+    assert (tokens.reshape(-1)[:32].reshape(2, 16) == 99).sum(1).tolist() == [4, 4]
+
+
+def test_a_prompt_beyond_learned_positions_is_refused(prepared):
+    train.train(settings.load([*SMALL, "--max_iters=1", "--pos=absolute"]))
+    assert "the prompt has" in refusal(sample.main, [f"--start={'x' * 40}", "--device=cpu"])
+    with pytest.raises(ValueError, match="learned positions for block_size=64"):
+        build(pos="absolute")(torch.zeros(1, 65, dtype=torch.long))
+    assert "block_size=64, but the checkpoint has learned positions for 32" in refusal(
+        train.main, [*SMALL, "--init_from=out", "--out_dir=longer", "--block_size=64"])
+
+
+# --------------------------------------------------------------------------------------
+# eval_synthetic.py
 
 ROOM = {"bytes": (192, 500), "gpt2": (64, 300)}  # lengths that every task fits into
 
@@ -1132,11 +1375,6 @@ class Now:
         return future
 
 
-def small_model(**changes):
-    torch.manual_seed(0)
-    return GPT(GPTConfig(**{"block_size": 256, "vocab_size": 320, "n_layer": 2, "n_head": 2, "n_embd": 64, "meta_id": 257} | changes))
-
-
 def spell(name, word, rng):
     """A task small enough to be learnt in seconds: to write again what stands behind the mark."""
     n = rng.integers(1, 4)
@@ -1232,6 +1470,115 @@ def test_a_fresh_token_starts_at_the_mean_of_the_text():
         assert model.config.meta_id == meta_id and torch.equal(model(idx)[0][..., :257], logits)
 
 
+TUNE = ["--device=cpu", "--dtype=float32", "--train_length=192", "--phase_steps=6", "--val_interval=3", "--log_interval=1",
+        "--trial_steps=2", "--val_examples=8", "--test_examples=12", "--task_batch_size=4", "--eval_lengths=192,256", "--workers=1"]
+
+
+def test_a_tuning_killed_and_started_again_ends_with_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model("meta.pt")
+    arguments = ["--init_from=meta.pt", *TUNE, "--dropout=0.1"]
+    eval_synthetic.main([*arguments, "--label=whole"])
+    whole = eval_synthetic.read_result("results/whole_list_recall_task_meta_192_s5_1337.json")
+    tried = whole["learning_rate"]["tried"]
+    assert [entry["step"] for entry in whole["validation"]] == [3, 6, 9, 12] and len(tried) == 3
+    kept = json.load(open("out/whole_list_recall_task_meta_192_s5_1337_rates.json"))
+    assert kept["tried"] == tried
+    prepare.write_json("out/killed_list_recall_task_meta_192_s5_1337_rates.json", kept | {"tried": dict([*tried.items()][:2])})
+    command = [sys.executable, os.path.join(HERE, "eval_synthetic.py"), *arguments, "--label=killed"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        assert "trial" not in line or "0.001" in line  # two of three are there
+        if "step  8/12" in line:
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "step 10/12" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    output, errors = process.communicate(timeout=60)
+    assert "the same command goes on from there" in errors and "Traceback" not in errors
+    eval_synthetic.main([*arguments, "--label=killed"])
+    killed = eval_synthetic.read_result("results/killed_list_recall_task_meta_192_s5_1337.json")
+    a, b = (weights_of(f"out/{name}_list_recall_task_meta_192_s5_1337.pt") for name in ("whole", "killed"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for result in (whole, killed):
+        result["validation"] = [{k: v for k, v in entry.items() if k != "minutes"} for entry in result["validation"]]
+    assert all(killed[name] == whole[name] for name in ("validation", "rows", "tests", "learning_rate", "pretrained"))
+
+
+def test_a_stop_request_saves_no_weights_that_are_not_finite(tmp_path, monkeypatch):
+    class StopAfterFourSteps(train.StopRequest):
+        asked = property(lambda self: next(self.steps) >= 4, lambda self, value: setattr(self, "steps", iter(range(100))))
+
+    monkeypatch.chdir(tmp_path)
+    save_model("meta.pt")
+    monkeypatch.setattr(train, "StopRequest", StopAfterFourSteps)
+    arguments = ["--init_from=meta.pt", *TUNE, "--val_interval=100", "--task_warmup=0"]
+    assert "the gradient's norm nan" in refusal(eval_synthetic.main, [*arguments, "--task_lr=1e38"])
+    assert glob.glob("out/*.pt") == []
+    with pytest.raises(SystemExit, match="stopped at step 4; the same command without --overwrite goes on from there$"):
+        eval_synthetic.main([*arguments, "--task_lr=1e-3", "--overwrite"])
+    assert len(glob.glob("out/*.pt")) == 1
+
+
+@pytest.mark.parametrize("args, expected", [
+    (["--task=juggling"], "task=juggling: expected one of list_recall, segment_counting, parity, copying, all (task: command line)"),
+    (["--placement=above"], "placement=above: expected one of"),
+    (["--marker=flag"], "marker=flag: expected one of"),
+    (["--eval_lengths=128,many"], "eval_lengths=128,many: expected lengths in tokens"),
+    (["--eval_lengths=+192"], "eval_lengths=+192: expected lengths in tokens"),
+    (["--task_lr=1e-3,fast"], "task_lr=1e-3,fast: expected learning rates above 0, such as 3e-4"),
+    (["--task_lr=0"], "task_lr=0: expected learning rates above 0"),
+    (["--train_length=64"], "train_length=64 is too short: list_recall needs 83 tokens"),
+    (["--eval_lengths=64", "--marker=none"], "eval_lengths=64 is too short: list_recall needs 83 tokens"),
+    (["--task=all", "--eval_lengths=128"], "eval_lengths=128 is too short: segment_counting needs 137 tokens"),
+    (["--init_from=plain.pt"], "marker=meta, but the checkpoint has no meta-tokens"),
+    (["--init_from=plain.pt", "--marker=text", "--zero_meta_pos"], "zero_meta_pos=True, but the checkpoint has no meta-tokens"),
+    (["--init_from=plain.pt", "--marker=text", "--rows=full,no_pos"], "no_pos is not among what this model and marker allow: full"),
+    (["--init_from=meta.pt", "--add_meta"], "add_meta=True, but the checkpoint has meta-tokens"),
+    (["--init_from=ape.pt"], "train_length=192, but there are learned positions for 128"),
+    (["--init_from=nowhere"], "no checkpoint nowhere"),
+])
+def test_impossible_tunings_are_refused_in_one_line(tmp_path, monkeypatch, args, expected):
+    monkeypatch.chdir(tmp_path)
+    save_model("meta.pt")
+    save_model("ape.pt", pos="absolute", block_size=128)
+    save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
+    assert expected in refusal(eval_synthetic.main, ["--init_from=meta.pt", *TUNE, *args])
+    assert not os.path.exists("results") and not os.path.exists("out")
+
+
+def test_a_model_extended_by_yarn_is_tuned_and_measured_beyond_its_window(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model("rope.pt", block_size=64)
+    eval_synthetic.main(["--init_from=rope.pt", "--yarn_scale=4", "--block_size=256", *TUNE, "--eval_lengths=192,640", "--task_lr=1e-3",
+                         "--rows=full", "--label=yarn"])
+    name = "yarn_list_recall_task_meta_192_s5_1337"
+    rows = eval_synthetic.read_result(f"results/{name}.json")["rows"]
+    assert [(row["length"], row["n"]) for row in rows] == [(192, 12), (640, 12)]
+    config = train.load_checkpoint(f"out/{name}.pt")["model_config"]
+    assert (config["block_size"], config["original_block_size"], config["yarn_scale"]) == (256, 64, 4.0)
+
+
+def test_meta_tokens_are_added_for_fine_tuning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
+    (model, mark, identity), again = (eval_synthetic.open_model(settings.load(["--init_from=plain.pt", "--add_meta"])) for _ in range(2))
+    assert identity == again[2] and all(torch.equal(a, b) for a, b in zip(model.parameters(), again[0].parameters()))
+    assert mark == model.config.meta_id == 257 and not model.transformer.h[0].meta_attn.c_proj.weight.any()
+    with open("plain.py", "w") as file:  # how it was pre-trained
+        file.write("meta_attention = False\n")
+    arguments = ["plain.py", "--init_from=plain.pt", "--add_meta"]
+    assert eval_synthetic.open_model(settings.load(arguments))[0].config.meta_attention
+    assert not eval_synthetic.open_model(settings.load([*arguments, "--meta_attention=False"]))[0].config.meta_attention
+
+
+# --------------------------------------------------------------------------------------
+# results/plot_synthetic.py: figure and tables
+
 def test_intervals_are_the_known_ones():
     assert eval_synthetic.wilson(10, 20) == pytest.approx((0.2993, 0.7007), abs=1e-3)  # Wilson's formula, as tabled
     assert eval_synthetic.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
@@ -1281,51 +1628,6 @@ def test_a_task_is_learned_at_the_first_validation_with_half_right():
     exact = [[0, 0.5, 0.4, 0.9], [0, 0.1, 0.2, 0.49], [0.6, 0, 0, 0]]
     group = [{"validation": [{"step": 500 * (i + 1), "exact": e} for i, e in enumerate(seed)]} for seed in exact]
     assert eval_synthetic.learned_at(group) == "1,000, never, 500"
-
-
-def save_model(path, **changes):
-    model = small_model(**{"n_embd": 16, "n_layer": 1} | changes)
-    train.save(path, {"model": model.state_dict(), "model_config": vars(model.config), "step": 7,
-                      "settings": {"tokenizer": "bytes", "seed": 5}})
-
-
-TUNE = ["--device=cpu", "--dtype=float32", "--train_length=192", "--phase_steps=6", "--val_interval=3", "--log_interval=1",
-        "--trial_steps=2", "--val_examples=8", "--test_examples=12", "--task_batch_size=4", "--eval_lengths=192,256", "--workers=1"]
-
-
-def test_a_tuning_killed_and_started_again_ends_with_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_model("meta.pt")
-    arguments = ["--init_from=meta.pt", *TUNE, "--dropout=0.1"]
-    eval_synthetic.main([*arguments, "--label=whole"])
-    whole = eval_synthetic.read_result("results/whole_list_recall_task_meta_192_s5_1337.json")
-    tried = whole["learning_rate"]["tried"]
-    assert [entry["step"] for entry in whole["validation"]] == [3, 6, 9, 12] and len(tried) == 3
-    kept = json.load(open("out/whole_list_recall_task_meta_192_s5_1337_rates.json"))
-    assert kept["tried"] == tried
-    prepare.write_json("out/killed_list_recall_task_meta_192_s5_1337_rates.json", kept | {"tried": dict([*tried.items()][:2])})
-    command = [sys.executable, os.path.join(HERE, "eval_synthetic.py"), *arguments, "--label=killed"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        assert "trial" not in line or "0.001" in line  # two of three are there
-        if "step  8/12" in line:
-            process.send_signal(signal.SIGKILL)
-            break
-    assert process.wait() == -signal.SIGKILL
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "step 10/12" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    output, errors = process.communicate(timeout=60)
-    assert "the same command goes on from there" in errors and "Traceback" not in errors
-    eval_synthetic.main([*arguments, "--label=killed"])
-    killed = eval_synthetic.read_result("results/killed_list_recall_task_meta_192_s5_1337.json")
-    a, b = (weights_of(f"out/{name}_list_recall_task_meta_192_s5_1337.pt") for name in ("whole", "killed"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    for result in (whole, killed):
-        result["validation"] = [{k: v for k, v in entry.items() if k != "minutes"} for entry in result["validation"]]
-    assert all(killed[name] == whole[name] for name in ("validation", "rows", "tests", "learning_rate", "pretrained"))
 
 
 @pytest.fixture
@@ -1398,349 +1700,7 @@ def test_what_only_some_seeds_measured_is_left_out_of_the_figure(tuned, capsys):
         assert "written to results/synthetic.png" in capsys.readouterr().out
 
 
-def test_a_stop_request_saves_no_weights_that_are_not_finite(tmp_path, monkeypatch):
-    class StopAfterFourSteps(train.StopRequest):
-        asked = property(lambda self: next(self.steps) >= 4, lambda self, value: setattr(self, "steps", iter(range(100))))
-
-    monkeypatch.chdir(tmp_path)
-    save_model("meta.pt")
-    monkeypatch.setattr(train, "StopRequest", StopAfterFourSteps)
-    arguments = ["--init_from=meta.pt", *TUNE, "--val_interval=100", "--task_warmup=0"]
-    assert "the gradient's norm nan" in refusal(eval_synthetic.main, [*arguments, "--task_lr=1e38"])
-    assert glob.glob("out/*.pt") == []
-    with pytest.raises(SystemExit, match="stopped at step 4; the same command without --overwrite goes on from there$"):
-        eval_synthetic.main([*arguments, "--task_lr=1e-3", "--overwrite"])
-    assert len(glob.glob("out/*.pt")) == 1
-
-
-@pytest.mark.parametrize("args, expected", [
-    (["--task=juggling"], "task=juggling: expected one of list_recall, segment_counting, parity, copying, all (task: command line)"),
-    (["--placement=above"], "placement=above: expected one of"),
-    (["--marker=flag"], "marker=flag: expected one of"),
-    (["--eval_lengths=128,many"], "eval_lengths=128,many: expected lengths in tokens"),
-    (["--eval_lengths=+192"], "eval_lengths=+192: expected lengths in tokens"),
-    (["--task_lr=1e-3,fast"], "task_lr=1e-3,fast: expected learning rates above 0, such as 3e-4"),
-    (["--task_lr=0"], "task_lr=0: expected learning rates above 0"),
-    (["--train_length=64"], "train_length=64 is too short: list_recall needs 83 tokens"),
-    (["--eval_lengths=64", "--marker=none"], "eval_lengths=64 is too short: list_recall needs 83 tokens"),
-    (["--task=all", "--eval_lengths=128"], "eval_lengths=128 is too short: segment_counting needs 137 tokens"),
-    (["--init_from=plain.pt"], "marker=meta, but the checkpoint has no meta-tokens"),
-    (["--init_from=plain.pt", "--marker=text", "--zero_meta_pos"], "zero_meta_pos=True, but the checkpoint has no meta-tokens"),
-    (["--init_from=plain.pt", "--marker=text", "--rows=full,no_pos"], "no_pos is not among what this model and marker allow: full"),
-    (["--init_from=meta.pt", "--add_meta"], "add_meta=True, but the checkpoint has meta-tokens"),
-    (["--init_from=ape.pt"], "train_length=192, but there are learned positions for 128"),
-    (["--init_from=nowhere"], "no checkpoint nowhere"),
-])
-def test_impossible_tunings_are_refused_in_one_line(tmp_path, monkeypatch, args, expected):
-    monkeypatch.chdir(tmp_path)
-    save_model("meta.pt")
-    save_model("ape.pt", pos="absolute", block_size=128)
-    save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
-    assert expected in refusal(eval_synthetic.main, ["--init_from=meta.pt", *TUNE, *args])
-    assert not os.path.exists("results") and not os.path.exists("out")
-
-
-def test_a_model_extended_by_yarn_is_tuned_and_measured_beyond_its_window(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_model("rope.pt", block_size=64)
-    eval_synthetic.main(["--init_from=rope.pt", "--yarn_scale=4", "--block_size=256", *TUNE, "--eval_lengths=192,640", "--task_lr=1e-3",
-                         "--rows=full", "--label=yarn"])
-    name = "yarn_list_recall_task_meta_192_s5_1337"
-    rows = eval_synthetic.read_result(f"results/{name}.json")["rows"]
-    assert [(row["length"], row["n"]) for row in rows] == [(192, 12), (640, 12)]
-    config = train.load_checkpoint(f"out/{name}.pt")["model_config"]
-    assert (config["block_size"], config["original_block_size"], config["yarn_scale"]) == (256, 64, 4.0)
-
-
-def test_meta_tokens_are_added_for_fine_tuning(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
-    (model, mark, identity), again = (eval_synthetic.open_model(settings.load(["--init_from=plain.pt", "--add_meta"])) for _ in range(2))
-    assert identity == again[2] and all(torch.equal(a, b) for a, b in zip(model.parameters(), again[0].parameters()))
-    assert mark == model.config.meta_id == 257 and not model.transformer.h[0].meta_attn.c_proj.weight.any()
-    with open("plain.py", "w") as file:  # how it was pre-trained
-        file.write("meta_attention = False\n")
-    arguments = ["plain.py", "--init_from=plain.pt", "--add_meta"]
-    assert eval_synthetic.open_model(settings.load(arguments))[0].config.meta_attention
-    assert not eval_synthetic.open_model(settings.load([*arguments, "--meta_attention=False"]))[0].config.meta_attention
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The scripts as a user types them
-
-def test_quickstart_prepares_trains_samples(tmp_path):
-    result = script("train.py", f"{HERE}/config/quickstart.py", "--max_iters=3", "--eval_tokens=512", "--batch_size=2", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "A sample:" in result.stdout and (tmp_path / "out/loss.png").exists()
-    (tmp_path / "prompt.txt").write_text("def main(")
-    for n, args, stdin in ((30, ["--start=FILE:prompt.txt", "--show_meta", "--stream"], None),
-                           (250, ["--start=-", "--temperature=0"], "def main(")):
-        result = script("sample.py", f"--max_new_tokens={n}", *args, cwd=tmp_path, input=stdin)
-        assert ("[longer than the window of 256 tokens" in result.stderr) == (n == 250)
-        assert result.returncode == 0 and result.stdout.replace("<|meta|>", "").startswith("def main("), result.stderr
-        assert ("<|meta|>" in result.stdout) == ("--show_meta" in args)
-    again = script("train.py", f"{HERE}/config/quickstart.py", cwd=tmp_path)
-    assert again.returncode == 1 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
-
-
-@pytest.mark.parametrize("name", ["train", "eval_synthetic", "sample", "analyze", "bench"])
-def test_torch_finds_the_short_spin_when_it_loads(name):
-    """OpenMP reads it then: config has to come before torch in every script."""
-    program = f"""import os, sys
-class AtTorch:
-    def find_spec(self, name, path, target=None):
-        if name == "torch":
-            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
-            os._exit(0)
-sys.meta_path.insert(0, AtTorch())
-import {name}"""
-    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"} | {"PYTHONPATH": HERE}
-    assert subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True).stdout == "1000\n"
-
-
-def test_one_config_file_drives_every_script(workplace, capsys):
-    """The paper's config at a thousandth of its size, on a local file in C4's format."""
-    gpt2_bpe()
-    with gzip.open("c4.json.gz", "wt") as file:
-        for i, text in enumerate(TEXTS):
-            file.write(json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": f"https://example.org/{i}"}) + "\n")
-    arguments = [f"{HERE}/config/meta_gpt2.py", "--source=c4.json.gz", "--val_fraction=0.3", "--workers=1", "--n_embd=24", "--n_layer=1",
-                 "--max_iters=2", "--eval_tokens=1024", "--device=cpu", "--dtype=float32", "--batch_size=1",
-                 "--gradient_accumulation_steps=2"]
-    prepare.main(arguments)
-    prepare.main([*arguments, "--verify"])
-    train.main(arguments)
-    capsys.readouterr()
-    sample.main([*arguments, "--start=The ", "--max_new_tokens=5"])
-    assert capsys.readouterr().out.startswith("The ")
-    train.main([*arguments, "--init_from=out/meta_gpt2", "--out_dir=next", "--max_iters=1"])
-    with open("again.py", "w") as file:  # a config that begins with one model and ends with another
-        file.write('init_from = "out/meta_gpt2"\nout_dir = "next"\n')
-    os.remove("out/meta_gpt2/ckpt.pt")
-    sample.main(["again.py", "--device=cpu", "--max_new_tokens=5"])
-
-
-def test_a_prompt_gets_its_meta_tokens():
-    config = settings.load(["--meta_rate=0.25", "--block_size=16"])
-    tokens = sample.inject_prompt(list(range(1, 31)), config, 99)
-    assert tokens[tokens != 99].tolist() == list(range(1, 31)) and tokens[-1] != 99
-    assert (tokens.reshape(-1)[:32].reshape(2, 16) == 99).sum(1).tolist() == [4, 4]
-
-
-@pytest.mark.parametrize("path", sorted(glob.glob(f"{HERE}/config/*.py")))
-def test_every_config_describes_a_run(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    if path.endswith("__init__.py"):
-        pytest.skip("not a config")
-    config = settings.load([path])
-    name = os.path.basename(path).removesuffix(".py")
-    worlds = {"study": (1,), "study_gpu": (1,), "quickstart": (1, 2), "meta_gpt2_h100": (1, 2)}  # small ones are for few processes
-    for world in worlds.get(name, (1, 2, 8)):
-        train.check_start(config, SimpleNamespace(world=world))
-    if config.init_from == "scratch":
-        with torch.device("meta"):
-            n = GPT(train.new_model_config(config, 257 if config.tokenizer == "bytes" else 50257)).num_params() / 1e6
-        like = {"meta_gpt2_h100": "meta_gpt2"}.get(name, name)  # README gives the millions of parameters
-        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-            assert f"{n:.1f}" == re.search(rf"^\| `{like}` \|.*\| ([\d.]+)M \|$", file.read(), re.M)[1]
-
-
-def test_the_defaults_are_the_papers_run():
-    defaults, paper = settings.load([]), settings.load([f"{HERE}/config/meta_gpt2.py"])
-    differing = {name for name in settings.SETTINGS if getattr(defaults, name) != getattr(paper, name)}
-    assert differing == {"out_dir", "max_tokens"}
-    assert train.new_model_config(defaults, 50257) == GPTConfig()
-
-
-def test_help_lists_every_setting_with_its_meaning(capsys):
-    with pytest.raises(SystemExit):
-        settings.load(["--help"])
-    lines = capsys.readouterr().out.splitlines()
-    for name in settings.SETTINGS:
-        [line] = [line for line in lines if line.startswith(f"  --{name}=")]
-        assert len(line.split("  ")[-1]) > 5
-
-
-def test_values_are_read_as_their_settings_want_them(tmp_path):
-    (tmp_path / "c.py").write_text('"""A config."""\nn_layer = 3 * 2\nlearning_rate = 1  # an int\nmax_tokens = 1e9\nn_head = 2\n')
-    config = settings.load([str(tmp_path / "c.py"), "--n_head=4", "--overwrite", "--bias=true", "--compile", "--max_iters=1e3",
-                            "--start=a=b"])
-    assert (config.n_layer, config.learning_rate, config.max_tokens, config.n_head) == (6, 1.0, 1_000_000_000, 4)
-    assert (config.overwrite, config.bias, config.compile, config.max_iters, config.start) == (True, True, "true", 1000, "a=b")
-    assert config.origin["n_layer"].endswith("c.py:2") and config.origin["n_head"] == "command line"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Bad input: one line that says what and where, and no traceback
-
-def refusal(run, *args):
-    """The one line with which run(*args) refuses."""
-    with pytest.raises(SystemExit) as refused:
-        run(*args)
-    message = str(refused.value)
-    assert "\n" not in message.strip() and message.startswith("error: ")
-    return message
-
-
-@pytest.mark.parametrize("args, expected", [
-    (["--blok_size=3"], "command line: unknown setting 'blok_size' (did you mean block_size?)"),
-    (["--n_layer=many"], "command line: n_layer=many: expected a whole number"),
-    (["--n_layer=2.5"], "expected a whole number"),
-    (["--bias=7"], "expected True or False"),
-    (["--learning_rate"], "expected a number (write --learning_rate=...)"),
-    (["--compile=perhaps"], "compile=perhaps: expected one of auto, true, false"),
-    (["--pos=sinus"], "pos=sinus: expected one of rope, absolute, none"),
-    (["--batch_size=0"], "batch_size=0 must be positive"),
-    (["--meta_rate=1.5"], "meta_rate=1.5 must be"),
-    (["--meta_rate=0.001", "--block_size=64"], "meta_rate=0.001 puts no meta-token"),
-    (["missing.py"], "no config file 'missing.py'"),
-    (["bad_syntax.py"], "bad_syntax.py:2: "),
-    (["bad_line.py"], "bad_line.py:1: a config file holds assignments only"),
-    (["bad_call.py"], "bad_call.py:1: "),
-    (["bad_key.py"], "bad_key.py:2: unknown setting 'n_layers' (did you mean n_layer?)"),
-    (["bad_type.py"], "bad_type.py:1: n_head=a dozen: expected a whole number"),
-])
-def test_bad_settings_are_refused_in_one_line(tmp_path, monkeypatch, args, expected):
-    monkeypatch.chdir(tmp_path)
-    for name, text in {"bad_syntax": "n_layer = 1\nn_head = (", "bad_line": "import os", "bad_call": "n_layer = open('x')",
-                       "bad_key": "n_head = 2\nn_layers = 3", "bad_type": "n_head = 'a dozen'"}.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    assert expected in refusal(settings.load, args)
-
-
-@pytest.mark.parametrize("args, expected", [
-    (["--n_embd=15"], "n_embd=15 is not divisible by n_head=2 (n_embd: command line, n_head: command line)"),
-    (["--n_embd=6"], "needs an even head size"),
-    (["--pos=absolute", "--yarn_scale=2"], "yarn_scale=2.0 extends a trained model"),
-    (["--meta_rate=0"], "meta_attention=True needs meta-tokens, but meta_rate=0.0"),
-    (["--dataset=nothing"], "no data in data/nothing: run python prepare.py --dataset=nothing --source=texts --tokenizer=bytes"),
-    (["--block_size=64"], "was prepared with block_size 32, but block_size=64"),
-    (["--meta_rate=0.2"], "was prepared with meta_rate 0.1, but meta_rate=0.2"),
-    (["--tokenizer=gpt2"], "was prepared with tokenizer bytes, but tokenizer=gpt2"),
-    (["--init_from=nowhere"], "no checkpoint nowhere"),
-    (["--init_from=resume"], "no checkpoint out/ckpt.pt"),
-    (["--device=quantum"], "device=quantum: expected cpu, cuda, cuda:N or mps"),
-    (["--device=meta"], "device=meta: expected cpu, cuda, cuda:N or mps"),
-    (["--device=cuda:99"], "device=cuda:99, but this machine has"),
-])
-def test_impossible_runs_are_refused_in_one_line(prepared, args, expected):
-    assert expected in refusal(train.main, [*SMALL, *args])
-    assert not os.path.exists("out")
-
-
-def test_damaged_data_are_refused_in_one_line(prepared):
-    def refused():
-        return refusal(train.main, SMALL)
-
-    shard, manifest = "data/d/train_00000.bin", open("data/d/manifest.json").read()
-    content = open(shard, "rb").read()
-    open(shard, "wb").write(content[:-2])
-    assert f"{shard} has {len(content) - 2} bytes, not {len(content)}" in refused()
-    open(shard, "wb").write(b"\xff\xff" + content[2:])
-    assert f"{shard} was altered" in refused()
-    config = settings.load(SMALL)
-    blocks = train.Blocks(config, prepare.read_manifest(config), "train")
-    assert "token id 65535 is beyond the vocabulary" in refusal(blocks.batch, [0])
-    os.remove(shard)
-    assert f"{shard} is missing" in refused()
-    for damaged in (manifest[:100], "[]", manifest.replace('"block_size"', '"blok_size"')):
-        open("data/d/manifest.json", "w").write(damaged)
-        assert "manifest.json is damaged" in refused()
-    os.remove("data/d/manifest.json")
-    assert "no data in data/d" in refused()
-
-
-class Malicious:
-    def __reduce__(self):
-        return os.system, ("touch was_run",)
-
-
-def test_bad_checkpoints_are_refused_in_one_line(prepared):
-    train.train(settings.load([*SMALL, "--max_iters=1"]))
-    content, checkpoint = open("out/ckpt.pt", "rb").read(), torch.load("out/ckpt.pt")
-
-    def refused(*args):
-        return refusal(sample.main, ["--device=cpu", *args])
-
-    assert "n_layer=5, but the checkpoint has 2" in refused("--n_layer=5")
-    assert "n_layer=5, but the checkpoint has 2" in refusal(train.main, [*SMALL, "--n_layer=5", "--init_from=resume"])
-    open("bpe.py", "w").write('tokenizer = "gpt2"')
-    for tokenizer in ("--tokenizer=gpt2", "bpe.py"):
-        assert "tokenizer=gpt2, but the checkpoint has bytes" in refused(tokenizer)
-    for name, data in {"truncated": content[:len(content) // 2], "text": b"hello", "byte": b"\x80",
-                       "malicious": pickle.dumps(Malicious(), protocol=2)}.items():
-        open(f"{name}.pt", "wb").write(data)
-        assert f"{name}.pt is" in refused(f"--init_from={name}.pt")
-    assert not os.path.exists("was_run")
-    torch.save({"weights": torch.zeros(1)}, "other.pt")
-    assert "other.pt is not a checkpoint of train.py" in refused("--init_from=other.pt")
-    checkpoint["model_config"]["n_embd"] = 32
-    torch.save(checkpoint, "changed.pt")
-    assert "of another architecture" in refused("--init_from=changed.pt")
-    checkpoint["model_config"].pop("pos")
-    torch.save(checkpoint, "older.pt")
-    assert "was written by another version: its architecture differs in pos" in refused("--init_from=older.pt")
-    assert "start=: an empty prompt" in refused("--start=")
-    assert "start=FILE:nowhere.txt: No such file" in refused("--start=FILE:nowhere.txt")
-    checkpoint = torch.load("out/ckpt.pt")
-    checkpoint["model_config"] |= {"meta_id": None, "meta_attention": False}
-    checkpoint["model"] = {name: p for name, p in checkpoint["model"].items() if "meta" not in name}
-    torch.save(checkpoint, "plain.pt")
-    assert "meta_rate=0.1, but the model has no meta-tokens" in refused("--init_from=plain.pt", "--meta_rate=0.1")
-
-
-def test_a_prompt_beyond_learned_positions_is_refused(prepared):
-    train.train(settings.load([*SMALL, "--max_iters=1", "--pos=absolute"]))
-    assert "the prompt has" in refusal(sample.main, [f"--start={'x' * 40}", "--device=cpu"])
-    with pytest.raises(ValueError, match="learned positions for block_size=64"):
-        build(pos="absolute")(torch.zeros(1, 65, dtype=torch.long))
-    assert "block_size=64, but the checkpoint has learned positions for 32" in refusal(
-        train.main, [*SMALL, "--init_from=out", "--out_dir=longer", "--block_size=64"])
-
-
-def test_bad_sources_are_refused_in_one_line(workplace, monkeypatch):
-    os.makedirs("bad")
-    with open("bad/a.jsonl", "w") as file:
-        file.write('{"text": "fine"}\n\n{"text": 3}\n')
-    with open("bad/b.jsonl", "w") as file:
-        file.write("no json\n")
-    with open("bad/c.parquet", "w") as file:
-        file.write("no parquet")
-    with open("bad/d.jsonl", "wb") as file:
-        file.write(b'{"text": "\xff"}')
-    with open("bad/e.json.gz", "wb") as file:
-        file.write(gzip.compress(b'{"text": "a"}' * 999)[:-9])
-    open("bad/empty.txt", "w").close()
-    for source, expected in {"nowhere/*.txt": "source=nowhere/*.txt: no such file", "bad/b.jsonl": "bad/b.jsonl:1: not JSON",
-                             "bad/a.jsonl": "bad/a.jsonl: row 3 has no text in 'text'", "bad/c.parquet": "cannot read bad/c.parquet: ",
-                             "bad/d.jsonl": "cannot read bad/d.jsonl: ", "bad/e.json.gz": "cannot read bad/e.json.gz: ",
-                             "texts,gone.txt": "source=gone.txt: no such file", "gone,texts": "source=gone: no such file",
-                             "bad/empty.txt": "less than a block"}.items():
-        assert expected in refusal(prepare.prepare, configure(f"--source={source}"))
-    assert "val_fraction=0.0 left the val split 0 text tokens" in refusal(prepare.prepare, configure("--val_fraction=0"))
-    assert not os.path.exists("data/d/manifest.json")
-    import huggingface_hub
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_: (_ for _ in ()).throw(ConnectionError("offline")))
-    assert "cannot be read from the Hugging Face hub (ConnectionError: offline): go online" in refusal(
-        prepare.prepare, configure("--source=allenai/c4:en"))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: (_ for _ in ()).throw(ConnectionError("offline")))
-    assert "cannot get config.json of 'gpt2' from the Hugging Face hub (ConnectionError): go online, or put" in refusal(
-        train.main, ["--init_from=gpt2", "--device=cpu"])
-
-
-def test_without_the_network_gpt2s_bpe_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("offline")))
-    assert "set TIKTOKEN_CACHE_DIR" in refusal(prepare.get_tokenizer, "gpt2")
-
-
-def test_a_refusal_is_one_line_and_a_non_zero_exit(tmp_path):
-    for name in ("prepare.py", "train.py", "sample.py"):
-        result = script(name, "--blok_size=3", cwd=tmp_path)
-        assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1
-        assert result.stderr.startswith("error: ") and not os.listdir(tmp_path)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # analyze.py
 
 @pytest.mark.parametrize("scores", [1 << 24, 100], ids=["at once", "in chunks"])
@@ -1860,34 +1820,6 @@ def test_a_planted_similarity_is_recovered():
     assert analyze.similarity_by_distance(x, queries & False, ~queries, [1, 5]).isnan().all()
 
 
-def test_the_rate_is_the_kl_to_the_prior():
-    mu, log_var = torch.randn(2, 5, 7, dtype=torch.float64)
-    normal = torch.distributions.Normal
-    expected = torch.distributions.kl_divergence(normal(mu, (log_var / 2).exp()), normal(torch.zeros_like(mu), torch.ones_like(mu)))
-    assert torch.allclose(analyze.kl_to_prior(mu, log_var), expected.sum(-1))
-
-
-def test_a_gaussian_source_gives_its_known_curve(monkeypatch):
-    """y is Gaussian in 30 bins, h has correlation rho with it: D(R) = H(y) + log(1 - rho^2 (1 - exp(-2 R))) / 2, of slope -beta."""
-    monkeypatch.setattr(analyze, "LATENT", 4)
-    torch.manual_seed(0)
-    rho, betas, edges = 0.8, (0.05, 0.2, 0.4), torch.linspace(-2.4, 2.4, 29)
-    x, y = {}, {}
-    for split, n in (("train", 20000), ("validation", 4000), ("test", 8000)):
-        source = torch.randn(n)
-        y[split] = torch.bucketize(source, edges)
-        x[split] = (rho * source + math.sqrt(1 - rho**2) * torch.randn(n)).unsqueeze(-1)
-    cdf = F.pad(torch.distributions.Normal(0, 1).cdf(edges), (1, 1))
-    cdf[-1] = 1
-    entropy = torch.distributions.Categorical(cdf.diff()).entropy().item()
-    D, R = analyze.rate_distortion_curve(x, y, betas, seeds=2, steps=800, lr=0.05)
-    assert D.shape == R.shape == (3, 2)
-    known = entropy + 0.5 * np.log(1 - rho**2 * (1 - np.exp(-2 * R)))
-    assert (D - known).min() > -0.02 and (D - known).max() < 0.06  # the best there is, but for the noise of 8000 examples
-    best_rate = [-0.5 * math.log(beta * (1 - rho**2) / (rho**2 * (1 - beta))) for beta in betas]
-    assert np.abs(R.mean(1) - best_rate).max() < 0.2
-
-
 def test_losses_are_the_models_own():
     model, idx = build(), text_with_meta((4, 7), T=40)
     x, y = idx[:, :-1], idx[:, 1:]
@@ -1958,6 +1890,71 @@ def result_of(name, folder="out/analysis"):
         return json.load(file)["figures"]
 
 
+@pytest.mark.parametrize("args, expected", [
+    (["--what=sharpness"], "what=sharpness: no part sharpness; there are sharpening, residual, attention, rate_distortion, perplexity"),
+    (["--init_from=plain.pt"], "sharpening, residual, attention: the checkpoint has no meta-tokens; it allows --what=rate_distortion,perp"),
+    (["--init_from=plain.pt", "--what=perplexity"], "data/d has 19 meta-tokens a block, but the checkpoint is one without meta-tokens"),
+    (["--dataset=nothing"], "no data in data/nothing: run python prepare.py"),
+    (["--what=attention", "--start=x", "--seed=1"], "the prompt of 1 tokens has no meta-token inside, at meta_rate=0.2"),
+    (["--what=attention", f"--start={'x' * 99}"], "but a map has room for 96: give a shorter --start="),
+    (["--what=attention", "--meta_rate=0"], "has no meta-token inside, at meta_rate=0.0"),
+    (["--what=rate_distortion", "--compare=out"], "compare=out: out was not tuned by eval_synthetic.py"),
+    (["--what=rate_distortion", "--compare=gone.pt"], "compare=gone.pt: no checkpoint gone.pt"),
+    (["--what=rate_distortion", "--compare=parity.pt"], "is about List Recall in tokens of bytes, but parity was tuned on parity"),
+    (["--what=rate_distortion", "--compare=a.pt,b.pt"], "tuned at different lengths, 96, 192 tokens"),
+    (["--what=rate_distortion", "--compare=a.pt,a.pt"], "two models of one name among out, a, a: rename a file"),
+    (["--what=rate_distortion", "--train_length=64"], "List Recall needs 83 tokens"),
+    (["--what=perplexity", "--block_size=9999"], "two sequences of four windows, block_size=9999, take"),
+    (["--init_from=nowhere"], "no checkpoint nowhere"),
+    (["--analysis_blocks=0"], "analysis_blocks=0 must be positive"),
+])
+def test_what_cannot_be_looked_into_is_refused_in_one_line(looked_into, args, expected):
+    save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
+    save_tuned("a.pt")
+    save_tuned("b.pt", length=192)
+    save_tuned("parity.pt", task="parity")
+    assert expected in refusal(analyze.main, [*LOOK, *args])
+
+
+def test_a_checkpoint_without_meta_tokens_has_its_perplexity(workplace):
+    prepare.prepare(configure("--block_size=96", "--meta_rate=0"))
+    save_model("plain.pt", block_size=96, pos="absolute", meta_id=None, meta_attention=False, text_vocab_size=257)
+    analyze.main([*LOOK, "--init_from=plain.pt", "--what=perplexity"])
+    figures = result_of("perplexity", "analysis/plain")
+    assert figures["impossible"] == "learned positions end at 96" and list(figures["by_context"]["as trained"]) == ["24", "48", "96"]
+
+
+# --------------------------------------------------------------------------------------
+# rate_distortion.py
+
+def test_the_rate_is_the_kl_to_the_prior():
+    mu, log_var = torch.randn(2, 5, 7, dtype=torch.float64)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mu, (log_var / 2).exp()), normal(torch.zeros_like(mu), torch.ones_like(mu)))
+    assert torch.allclose(analyze.kl_to_prior(mu, log_var), expected.sum(-1))
+
+
+def test_a_gaussian_source_gives_its_known_curve(monkeypatch):
+    """y is Gaussian in 30 bins, h has correlation rho with it: D(R) = H(y) + log(1 - rho^2 (1 - exp(-2 R))) / 2, of slope -beta."""
+    monkeypatch.setattr(analyze, "LATENT", 4)
+    torch.manual_seed(0)
+    rho, betas, edges = 0.8, (0.05, 0.2, 0.4), torch.linspace(-2.4, 2.4, 29)
+    x, y = {}, {}
+    for split, n in (("train", 20000), ("validation", 4000), ("test", 8000)):
+        source = torch.randn(n)
+        y[split] = torch.bucketize(source, edges)
+        x[split] = (rho * source + math.sqrt(1 - rho**2) * torch.randn(n)).unsqueeze(-1)
+    cdf = F.pad(torch.distributions.Normal(0, 1).cdf(edges), (1, 1))
+    cdf[-1] = 1
+    entropy = torch.distributions.Categorical(cdf.diff()).entropy().item()
+    D, R = analyze.rate_distortion_curve(x, y, betas, seeds=2, steps=800, lr=0.05)
+    assert D.shape == R.shape == (3, 2)
+    known = entropy + 0.5 * np.log(1 - rho**2 * (1 - np.exp(-2 * R)))
+    assert (D - known).min() > -0.02 and (D - known).max() < 0.06  # the best there is, but for the noise of 8000 examples
+    best_rate = [-0.5 * math.log(beta * (1 - rho**2) / (rho**2 * (1 - beta))) for beta in betas]
+    assert np.abs(R.mean(1) - best_rate).max() < 0.2
+
+
 def save_tuned(path, length=96, **changes):
     """A checkpoint as eval_synthetic.py leaves it."""
     save_model(path, block_size=96)
@@ -2013,35 +2010,48 @@ def test_text_too_short_for_three_parts_is_refused():
         analyze.next_token_lines, subject, {"train": 4, "validation": 1, "test": 2})
 
 
-@pytest.mark.parametrize("args, expected", [
-    (["--what=sharpness"], "what=sharpness: no part sharpness; there are sharpening, residual, attention, rate_distortion, perplexity"),
-    (["--init_from=plain.pt"], "sharpening, residual, attention: the checkpoint has no meta-tokens; it allows --what=rate_distortion,perp"),
-    (["--init_from=plain.pt", "--what=perplexity"], "data/d has 19 meta-tokens a block, but the checkpoint is one without meta-tokens"),
-    (["--dataset=nothing"], "no data in data/nothing: run python prepare.py"),
-    (["--what=attention", "--start=x", "--seed=1"], "the prompt of 1 tokens has no meta-token inside, at meta_rate=0.2"),
-    (["--what=attention", f"--start={'x' * 99}"], "but a map has room for 96: give a shorter --start="),
-    (["--what=attention", "--meta_rate=0"], "has no meta-token inside, at meta_rate=0.0"),
-    (["--what=rate_distortion", "--compare=out"], "compare=out: out was not tuned by eval_synthetic.py"),
-    (["--what=rate_distortion", "--compare=gone.pt"], "compare=gone.pt: no checkpoint gone.pt"),
-    (["--what=rate_distortion", "--compare=parity.pt"], "is about List Recall in tokens of bytes, but parity was tuned on parity"),
-    (["--what=rate_distortion", "--compare=a.pt,b.pt"], "tuned at different lengths, 96, 192 tokens"),
-    (["--what=rate_distortion", "--compare=a.pt,a.pt"], "two models of one name among out, a, a: rename a file"),
-    (["--what=rate_distortion", "--train_length=64"], "List Recall needs 83 tokens"),
-    (["--what=perplexity", "--block_size=9999"], "two sequences of four windows, block_size=9999, take"),
-    (["--init_from=nowhere"], "no checkpoint nowhere"),
-    (["--analysis_blocks=0"], "analysis_blocks=0 must be positive"),
-])
-def test_what_cannot_be_looked_into_is_refused_in_one_line(looked_into, args, expected):
-    save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
-    save_tuned("a.pt")
-    save_tuned("b.pt", length=192)
-    save_tuned("parity.pt", task="parity")
-    assert expected in refusal(analyze.main, [*LOOK, *args])
+# --------------------------------------------------------------------------------------
+# The scripts as a user types them
+
+def test_quickstart_prepares_trains_samples(tmp_path):
+    result = script("train.py", f"{HERE}/config/quickstart.py", "--max_iters=3", "--eval_tokens=512", "--batch_size=2", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "A sample:" in result.stdout and (tmp_path / "out/loss.png").exists()
+    (tmp_path / "prompt.txt").write_text("def main(")
+    for n, args, stdin in ((30, ["--start=FILE:prompt.txt", "--show_meta", "--stream"], None),
+                           (250, ["--start=-", "--temperature=0"], "def main(")):
+        result = script("sample.py", f"--max_new_tokens={n}", *args, cwd=tmp_path, input=stdin)
+        assert ("[longer than the window of 256 tokens" in result.stderr) == (n == 250)
+        assert result.returncode == 0 and result.stdout.replace("<|meta|>", "").startswith("def main("), result.stderr
+        assert ("<|meta|>" in result.stdout) == ("--show_meta" in args)
+    again = script("train.py", f"{HERE}/config/quickstart.py", cwd=tmp_path)
+    assert again.returncode == 1 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
 
 
-def test_a_checkpoint_without_meta_tokens_has_its_perplexity(workplace):
-    prepare.prepare(configure("--block_size=96", "--meta_rate=0"))
-    save_model("plain.pt", block_size=96, pos="absolute", meta_id=None, meta_attention=False, text_vocab_size=257)
-    analyze.main([*LOOK, "--init_from=plain.pt", "--what=perplexity"])
-    figures = result_of("perplexity", "analysis/plain")
-    assert figures["impossible"] == "learned positions end at 96" and list(figures["by_context"]["as trained"]) == ["24", "48", "96"]
+def test_one_config_file_drives_every_script(workplace, capsys):
+    """The paper's config at a thousandth of its size, on a local file in C4's format."""
+    gpt2_bpe()
+    with gzip.open("c4.json.gz", "wt") as file:
+        for i, text in enumerate(TEXTS):
+            file.write(json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": f"https://example.org/{i}"}) + "\n")
+    arguments = [f"{HERE}/config/meta_gpt2.py", "--source=c4.json.gz", "--val_fraction=0.3", "--workers=1", "--n_embd=24", "--n_layer=1",
+                 "--max_iters=2", "--eval_tokens=1024", "--device=cpu", "--dtype=float32", "--batch_size=1",
+                 "--gradient_accumulation_steps=2"]
+    prepare.main(arguments)
+    prepare.main([*arguments, "--verify"])
+    train.main(arguments)
+    capsys.readouterr()
+    sample.main([*arguments, "--start=The ", "--max_new_tokens=5"])
+    assert capsys.readouterr().out.startswith("The ")
+    train.main([*arguments, "--init_from=out/meta_gpt2", "--out_dir=next", "--max_iters=1"])
+    with open("again.py", "w") as file:  # a config that begins with one model and ends with another
+        file.write('init_from = "out/meta_gpt2"\nout_dir = "next"\n')
+    os.remove("out/meta_gpt2/ckpt.pt")
+    sample.main(["again.py", "--device=cpu", "--max_new_tokens=5"])
+
+
+def test_a_refusal_is_one_line_and_a_non_zero_exit(tmp_path):
+    for name in ("prepare.py", "train.py", "sample.py"):
+        result = script(name, "--blok_size=3", cwd=tmp_path)
+        assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1
+        assert result.stderr.startswith("error: ") and not os.listdir(tmp_path)
