@@ -1,292 +1,374 @@
-"""Every setting of every script, and the parser that reads them.
+"""All settings of all scripts, and the parser that reads them.
 
     python train.py config/quickstart.py --batch_size=8 --overwrite
 
-A config file is a few assignments in Python; `--key=value` after it overrides, a bare `--flag` means True,
-and whatever nobody sets keeps the default below: the paper's 152M Meta+RoPE model. One file drives every
-script, and each script reads the settings that concern it.
+A config file holds assignments, such as n_layer = 12. `--name=value` after it overrides
+the file, and a bare `--flag` means True. The defaults are the paper's 152M Meta+RoPE
+model. Every script accepts every setting, so one config file drives them all.
 """
 import ast
 import difflib
-import inspect
 import math
+import operator
 import os
 import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
-# OpenMP's threads spin while they wait for each other. Where something else keeps a core busy, a long spin holds up the very thread that
-# is waited for: two cores trained at a 30th of their speed. Read when torch is loaded, which is why the scripts import this first.
+# OpenMP reads this as torch is loaded: import config first. OpenMP's threads spin while
+# they wait for each other. With its default, a long spin, another process that kept one
+# of two cores busy slowed training down 30 times.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+NOT_NEGATIVE, POSITIVE = "at least 0", "positive"
+SHARE, PROBABILITY = "at least 0 and below 1", "above 0 and at most 1"
+
+
+def setting(default, meaning, allowed=NOT_NEGATIVE):
+    """Declare a setting. `allowed` is a range above, or a tuple of choices."""
+    return field(default=default, metadata={"meaning": meaning, "allowed": allowed})
 
 
 @dataclass
-class Config:
-    # Data: what prepare.py writes and train.py reads
-    dataset: str = "c4_meta"            # name of the data set: the folder data/<dataset>/
-    source: str = "allenai/c4:en"       # 'stdlib' (embedded), files, folders, globs (comma-separated), or a Hugging Face name[:config]
-    text_field: str = "text"            # column that holds the text (.jsonl, .parquet, Hugging Face)
-    tokenizer: str = "gpt2"             # 'gpt2' (BPE, 50,257 ids) or 'bytes' (256 bytes and end-of-text)
-    meta_rate: float = 0.1              # k: meta-tokens as a share of all tokens; 0 writes plain text
-    meta_placement: str = "random"      # 'random' (uniform, the paper's) or 'periodic'
-    val_fraction: float = 0.0005        # share of the documents held out for validation
-    max_tokens: int = 0                 # stop preparing after this many text tokens; 0: the whole source
-    workers: int = 0                    # processes that tokenise or draw examples; 0: one per core
-    verify: bool = False                # prepare.py: only check the checksums of what is there
+class Data:
+    dataset: str = setting("c4_meta", "name of the data set: the folder data/<dataset>/")
+    source: str = setting("allenai/c4:en", "'stdlib' (Python's own), files, folders or globs "
+                          "(comma-separated), or Hugging Face's name[:config]")
+    tokenizer: str = setting("gpt2", "GPT-2's BPE, or 256 bytes", ("gpt2", "bytes"))
+    meta_rate: float = setting(0.1, "meta-tokens as a share of all tokens; 0: plain text", SHARE)
+    meta_placement: str = setting("random", "where meta-tokens go", ("random", "periodic"))
 
-    # Model
-    block_size: int = 1024              # tokens in the context window, meta-tokens included
-    n_layer: int = 12                   # transformer blocks
-    n_head: int = 12                    # heads of either attention
-    n_embd: int = 768                   # width of the residual stream
-    dropout: float = 0.0                # probability
-    bias: bool = False                  # biases in Linear and LayerNorm (GPT-2 has them)
-    pos: str = "rope"                   # positions: 'rope', 'absolute' (learned) or 'none'
-    rope_base: float = 10000.0          # base of RoPE's wavelengths
-    yarn_scale: float = 1.0             # YaRN: window / original window; 1: plain RoPE
-    beta_fast: float = 32.0             # YaRN: frequencies above this many turns in the original window stay
-    beta_slow: float = 1.0              # YaRN: frequencies below this many turns are divided by yarn_scale
-    meta_attention: bool = True         # the second attention of every block, among meta-tokens only
-    zero_meta_pos: bool = False         # no positional encoding at meta-tokens ("No Pos")
-    zero_meta_embd: bool = False        # no token embedding at meta-tokens ("No embed")
 
-    # Training
-    init_from: str = "scratch"          # 'scratch', 'resume', a checkpoint (file or folder), or 'gpt2', 'gpt2-medium', ...
-    out_dir: str = "out"                # checkpoints, log.jsonl and loss.png
-    overwrite: bool = False             # let a run from scratch replace the one in out_dir
-    max_iters: int = 200000             # optimiser steps
-    max_minutes: float = 0.0            # stop by the clock; the learning rate follows whichever ends first; 0: no limit
-    batch_size: int = 12                # sequences in a micro-batch
-    gradient_accumulation_steps: int = 40  # micro-batches in a step, over all processes: 40 = 8 GPUs x 5
-    learning_rate: float = 6e-4         # peak of the cosine schedule
-    min_lr: float = 6e-5                # its end
-    warmup_iters: int = 2000            # steps of linear warm-up
-    lr_decay_iters: int = 0             # step at which min_lr is reached; 0: max_iters
-    weight_decay: float = 0.1           # on matrices only
-    beta1: float = 0.9                  # AdamW's memory of the gradient
-    beta2: float = 0.95                 # AdamW's memory of its square
-    grad_clip: float = 1.0              # largest norm of the gradient; 0: no clipping
-    log_interval: int = 10              # steps between lines on the terminal and in log.jsonl
-    eval_interval: int = 1000           # steps between evaluations, each with a checkpoint
-    eval_tokens: int = 2_457_600        # text tokens to validate on, from the first on: the same for every model that is compared
-    eval_only: bool = False             # evaluate once and exit
-    seed: int = 1337                    # of data order, initial weights, injection and sampling
+@dataclass
+class Preparation:
+    text_field: str = setting("text", "column with the text (.jsonl, .parquet, Hugging Face)")
+    val_fraction: float = setting(0.0005, "share of documents held out for validation", SHARE)
+    max_tokens: int = setting(0, "stop after this many text tokens; 0: read the whole source")
+    workers: int = setting(0, "processes that tokenize or draw examples; 0: one per core")
+    verify: bool = setting(False, "only check the prepared files against their checksums")
 
-    # Machine
-    device: str = "auto"                # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the best there is
-    dtype: str = "auto"                 # 'float32', 'bfloat16', 'float16'; auto: bfloat16 where the device is fast at it
-    compile: str = "auto"               # torch.compile: true or false; auto: on CUDA, but not in sample.py
 
-    # Sampling
-    start: str = ""                     # prompt; 'FILE:prompt.txt' reads a file, '-' standard input; empty: a start of our own
-    num_samples: int = 1                # continuations to draw
-    max_new_tokens: int = 300           # text tokens to draw for each
-    temperature: float = 0.8            # 0: greedy
-    top_k: int = 200                    # draw among the k likeliest; 0: all
-    top_p: float = 1.0                  # draw among the likeliest that share this probability; 1: all
-    stream: bool = False                # print tokens as they come
-    show_meta: bool = False             # print meta-tokens as <|meta|>
+@dataclass
+class Model:
+    block_size: int = setting(1024, "tokens in the context window, with meta-tokens", POSITIVE)
+    n_layer: int = setting(12, "transformer blocks", POSITIVE)
+    n_head: int = setting(12, "heads of attention, and of meta-attention", POSITIVE)
+    n_embd: int = setting(768, "width of the residual stream", POSITIVE)
+    dropout: float = setting(0.0, "probability of dropping a value", SHARE)
+    bias: bool = setting(False, "biases in Linear and LayerNorm, as in GPT-2")
+    pos: str = setting("rope", "positions; absolute: learned", ("rope", "absolute", "none"))
+    rope_base: float = setting(10000.0, "base of RoPE's wavelengths", POSITIVE)
+    yarn_scale: float = setting(1.0, "YaRN: new window / original window; 1: plain RoPE")
+    beta_fast: float = setting(32.0, "YaRN keeps frequencies with more turns per original window")
+    beta_slow: float = setting(1.0, "YaRN divides frequencies with fewer turns by yarn_scale")
+    meta_attention: bool = setting(True, "a second attention in each block, among meta-tokens")
+    zero_meta_pos: bool = setting(False, "no positions at meta-tokens (the paper's No Pos)")
+    zero_meta_embd: bool = setting(False, "no embeddings at meta-tokens (the paper's No embed)")
 
-    # Synthetic tasks
-    task: str = "list_recall"           # 'list_recall', 'segment_counting', 'parity', 'copying', or 'all' of them in turn
-    placement: str = "task"             # marks at what is asked for ('task', the paper's), at all there is to ask, 'random', or 'none'
-    marker: str = "meta"                # the mark: 'meta', 'fresh' (new to the model), 'text' (#), 'none'; or several (comma-separated)
-    add_meta: bool = False              # give a checkpoint without meta-tokens some, and meta-attention that starts at zero
-    train_length: int = 1024            # longest examples of fine-tuning, in tokens; the curriculum is 64, 128, ... up to it
-    eval_lengths: str = "128,256,512,1024,2048"  # lengths to measure at: examples of up to so many tokens, and over half as many
-    rows: str = "all"                   # full, no_pos, no_pos_meta, no_embed, no_meta_attention, no_meta (comma-separated), or 'all'
-    label: str = ""                     # name of the model in results and figures; empty: from init_from and marker
-    phase_steps: int = 1125             # optimiser steps in each phase of the curriculum: 5 x 1125 x 16 = 90,000 examples
-    task_batch_size: int = 16           # examples in a step
-    task_lr: str = "1e-4,3e-4,1e-3"     # peak learning rate of fine-tuning; of several (comma-separated) the best on validation examples
-    task_warmup: int = 100              # steps of linear warm-up, a tenth of the run at most
-    trial_steps: int = 300              # steps of the trial of each learning rate
-    val_interval: int = 250             # steps between validations, each with a checkpoint
-    val_examples: int = 256             # validation examples, of train_length
-    test_examples: int = 2000           # test examples at each evaluation length: 5 x 2000 = 10,000
-    stop_solved: bool = False           # stop as soon as validation is solved; False: equal steps for all models
-    plot: bool = False                  # draw and tabulate the results named behind it
 
-    # Analysis
-    analysis_blocks: int = 64           # validation blocks to look into; of perplexity, sequences of four windows
-    compare: str = ""                   # checkpoints of eval_synthetic.py (comma-separated) to draw rate against distortion beside this one
-    bottleneck_examples: int = 8000     # examples that train a bottleneck; a quarter as many validate, and half as many test it
-    bottleneck_steps: int = 1500        # optimiser steps of 128 examples
-    bottleneck_seeds: int = 5           # bottlenecks trained for each beta
+@dataclass
+class Training:
+    init_from: str = setting("scratch", "'scratch', 'resume', a checkpoint (file or folder), or "
+                             "'gpt2', 'gpt2-medium', ...")
+    out_dir: str = setting("out", "folder for checkpoints, log.jsonl and loss.png")
+    overwrite: bool = setting(False, "replace what is there already")
+    max_iters: int = setting(200_000, "optimizer steps")
+    max_minutes: float = setting(0.0, "time limit, which the learning rate follows; 0: none")
+    batch_size: int = setting(12, "sequences in a micro-batch", POSITIVE)
+    gradient_accumulation_steps: int = setting(40, "micro-batches in a step, over all processes",
+                                               POSITIVE)
+    learning_rate: float = setting(6e-4, "peak of the cosine schedule")
+    min_lr: float = setting(6e-5, "end of the cosine schedule")
+    warmup_iters: int = setting(2000, "steps of linear warm-up")
+    lr_decay_iters: int = setting(0, "step that reaches min_lr; 0: max_iters")
+    weight_decay: float = setting(0.1, "AdamW: decay of weight matrices")
+    beta1: float = setting(0.9, "AdamW: decay of the gradient's running mean", SHARE)
+    beta2: float = setting(0.95, "AdamW: decay of the running mean of its square", SHARE)
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0: no limit")
+    log_interval: int = setting(10, "steps from one line of the log to the next", POSITIVE)
+    eval_interval: int = setting(1000, "steps from one evaluation and checkpoint to the next",
+                                 POSITIVE)
+    eval_tokens: int = setting(2_457_600, "text tokens in an evaluation, always the same ones",
+                               POSITIVE)
+    eval_only: bool = setting(False, "evaluate once and exit")
+    seed: int = setting(1337, "of data order, initial weights, meta-tokens and sampling")
 
-    # Analysis and benchmark
-    what: str = "all"                   # parts (comma-separated), or 'all': the script's own, which it names when asked for another
-    gpu: bool = False                   # bench.py: GPT-2's size and vocabulary on a GPU, beside nanoGPT's way to run it
 
+@dataclass
+class Machine:
+    device: str = setting("auto", "'cpu', 'cuda', 'cuda:1' or 'mps'; auto: the fastest there is")
+    dtype: str = setting("auto", "precision; auto: bfloat16 where the device is fast at it",
+                         ("auto", "float32", "bfloat16", "float16"))
+    compile: str = setting("auto", "use torch.compile; auto: on CUDA", ("auto", "true", "false"))
+
+
+@dataclass
+class Sampling:
+    start: str = setting("", "prompt; FILE:prompt.txt reads a file, - standard input")
+    num_samples: int = setting(1, "continuations to draw", POSITIVE)
+    max_new_tokens: int = setting(300, "text tokens in each continuation", POSITIVE)
+    temperature: float = setting(0.8, "0: always the likeliest token")
+    top_k: int = setting(200, "draw from the k likeliest tokens; 0: from all")
+    top_p: float = setting(1.0, "draw from the likeliest tokens that share this probability",
+                           PROBABILITY)
+    stream: bool = setting(False, "print each token as soon as it is drawn")
+    show_meta: bool = setting(False, "print meta-tokens as <|meta|>")
+
+
+@dataclass
+class Tasks:
+    task: str = setting("list_recall", "synthetic task",
+                        ("list_recall", "segment_counting", "parity", "copying", "all"))
+    placement: str = setting("task", "where marks go; task: at what is asked for (the paper's), "
+                             "all: at what could be", ("task", "all", "random", "none"))
+    marker: str = setting("meta", "mark; fresh: a new token, text: #; several: comma-separated",
+                          ("meta", "fresh", "text", "none"))
+    add_meta: bool = setting(False, "add meta-tokens and meta-attention to a model without them")
+    train_length: int = setting(1024, "largest training length, in tokens, of 64, 128, ...",
+                                POSITIVE)
+    eval_lengths: str = setting("128,256,512,1024,2048", "test lengths: examples have at most so "
+                                "many tokens, and over half as many")
+    rows: str = setting("all", "full, no_pos, no_pos_meta, no_embed, no_meta_attention, no_meta "
+                        "(comma-separated), or 'all'")
+    label: str = setting("", "name in results and figures; empty: from init_from and marker")
+    phase_steps: int = setting(1125, "steps at each training length", POSITIVE)
+    task_batch_size: int = setting(16, "examples in a step", POSITIVE)
+    task_lr: float = setting(3e-4, "peak learning rate; smaller models need a higher one", POSITIVE)
+    task_warmup: int = setting(100, "steps of linear warm-up; at most a tenth of the run")
+    val_interval: int = setting(250, "steps from one validation and checkpoint to the next",
+                                POSITIVE)
+    val_examples: int = setting(256, "validation examples, of train_length", POSITIVE)
+    test_examples: int = setting(2000, "test examples of each length", POSITIVE)
+    stop_solved: bool = setting(False, "stop as soon as validation is solved")
+
+
+@dataclass
+class Analysis:
+    what: str = setting("all", "parts of the script to run (comma-separated), or 'all'")
+    analysis_blocks: int = setting(64, "validation blocks to look at", POSITIVE)
+    compare: str = setting("", "more checkpoints (comma-separated) in the rate-distortion figure")
+    bottleneck_examples: int = setting(8000, "examples that train a bottleneck", POSITIVE)
+    bottleneck_steps: int = setting(1500, "optimizer steps, of 128 examples", POSITIVE)
+    bottleneck_seeds: int = setting(5, "bottlenecks trained for each beta", POSITIVE)
+
+
+@dataclass
+class Benchmark:
+    gpu: bool = setting(False, "a model of GPT-2's size on a GPU, beside nanoGPT's way to run it")
+
+
+ALL_GROUPS = (Data, Preparation, Model, Training, Machine, Sampling, Tasks, Analysis, Benchmark)
+
+
+@dataclass
+class Config(*ALL_GROUPS):
     def __post_init__(self):
-        self.origin = {}  # where each setting was given: 'config/x.py:3' or 'command line'; absent: the default
+        self.origin = {}  # where a setting was set: 'config/x.py:3' or 'command line'
 
     def given(self, name):
+        """Whether a config file or the command line sets it."""
         return name in self.origin
 
     def typed(self, name):
+        """Whether the command line sets it."""
         return self.origin.get(name) == "command line"
 
+    def given_values(self, names):
+        return {name: getattr(self, name) for name in names if self.given(name)}
+
+    def remember(self, saved, names):
+        """Take from a checkpoint's settings what is not given now."""
+        for name in names:
+            if name in saved and not self.given(name):
+                setattr(self, name, saved[name])
+
     def error(self, message):
-        """One line for people: the message, and where each setting it mentions (as `name=`) was set."""
-        names = [n for n in dict.fromkeys(re.findall(r"(?<![-\w])(\w+)=", str(message))) if n in SETTINGS]
-        where = ", ".join(f"{n}: {self.origin.get(n, 'default')}" for n in names)
-        return SystemExit(f"error: {message}" + (f" ({where})" if where else ""))
+        """SystemExit with the message, and where each setting in it (`name=`) was set."""
+        names = dict.fromkeys(re.findall(r"(?<![-\w])(\w+)=", str(message)))
+        where = [f"{n}: {self.origin.get(n, 'default')}" for n in names if n in SETTINGS]
+        return SystemExit(f"error: {message}" + (f" ({', '.join(where)})" if where else ""))
+
+    def checked(self, function, *args, **kwargs):
+        """Call the function. Its ValueError becomes a one-line error."""
+        try:
+            return function(*args, **kwargs)
+        except ValueError as e:
+            raise self.error(e) from None
 
     def parts(self, every):
-        """The names that `what` asks for, of those that a script has. Raises SystemExit."""
+        """The parts of a script that `what` names."""
         names = list(every) if self.what == "all" else self.what.split(",")
-        if unknown := set(names) - set(every):
-            raise self.error(f"what={self.what}: no part {', '.join(sorted(unknown))}; there are {', '.join(every)}")
+        if unknown := sorted(set(names) - set(every)):
+            raise self.error(f"what={self.what}: no part {', '.join(unknown)}; "
+                             f"there are {', '.join(every)}")
         return names
 
     def numbers(self, name, kind, expected):
-        """A setting of numbers above 0 with commas between them, as a list of int (digits alone) or float. Raises SystemExit."""
-        parts = getattr(self, name).split(",")
-        try:
-            values = [kind(part) for part in parts]
-        except ValueError:
-            values = [0]
-        if not all(0 < value < math.inf for value in values) or (kind is int and [*map(str, values)] != parts):
+        """The positive numbers (digits alone) in a comma-separated setting."""
+        texts = getattr(self, name).split(",")
+        if not all(text.isdecimal() and kind(text) > 0 for text in texts):
             raise self.error(f"{name}={getattr(self, name)}: expected {expected}")
-        return values
+        return [kind(text) for text in texts]
 
 
-SETTINGS = {f.name: f.type for f in fields(Config)}
+SETTINGS = {f.name: f for f in fields(Config)}
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
-CHOICES = {
-    "tokenizer": ("gpt2", "bytes"),
-    "meta_placement": ("random", "periodic"),
-    "task": ("list_recall", "segment_counting", "parity", "copying", "all"),
-    "placement": ("task", "all", "random", "none"),
-    "marker": ("meta", "fresh", "text", "none"),
-    "pos": ("rope", "absolute", "none"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "compile": ("auto", "true", "false"),
-}
-POSITIVE = ("block_size", "n_layer", "n_head", "n_embd", "rope_base", "batch_size", "gradient_accumulation_steps",
-            "log_interval", "eval_interval", "eval_tokens", "num_samples", "max_new_tokens", "train_length", "phase_steps",
-            "task_batch_size", "trial_steps", "val_interval", "val_examples", "test_examples", "analysis_blocks", "bottleneck_examples",
-            "bottleneck_steps", "bottleneck_seeds")
-NOT_NEGATIVE = ("max_tokens", "workers", "max_iters", "max_minutes", "learning_rate", "min_lr", "warmup_iters",
-                "lr_decay_iters", "weight_decay", "grad_clip", "temperature", "top_k", "seed", "task_warmup")
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+              ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}
+MAX_RESULT = 1e30            # of arithmetic in a config file
+MAX_CHARACTERS = 1_000_000   # in a config file
 
 
-def load(argv=None):
-    """Reads config files and `--key=value` overrides, in the order given, into a Config.
+def load(argv=None, groups=ALL_GROUPS, usage=__doc__):
+    """Read config files and `--name=value` arguments, in their order, into a Config.
 
-    Raises SystemExit with one line that names the key and where it was set; `--help` prints the list and exits.
+    --help prints `usage` and the settings of `groups`: dataclasses above, or names of
+    single settings. Raises SystemExit with one line if something is wrong.
     """
     config = Config()
-    for arg in sys.argv[1:] if argv is None else argv:
-        if arg in ("-h", "--help"):
-            print(help_text())
+    for argument in sys.argv[1:] if argv is None else argv:
+        if argument in ("-h", "--help"):
+            print(help_text(groups, usage))
             raise SystemExit(0)
-        if not arg.startswith("--"):
-            read_file(config, arg)
-            continue
-        name, equals, text = arg[2:].partition("=")
-        flag = "true" if name == "compile" else True
-        assign(config, name, text if equals else flag, "command line")
+        if argument.startswith("--"):
+            read_argument(config, argument)
+        else:
+            read_file(config, argument)
     check(config)
     return config
 
 
+def help_text(groups, usage):
+    lines = [usage.strip()]
+    for group in groups:
+        if isinstance(group, str):
+            lines.append(help_line(SETTINGS[group]))
+        else:
+            lines += ["", group.__name__, *map(help_line, fields(group))]
+    return "\n".join(lines)
+
+
+def help_line(declared):
+    assignment = f"--{declared.name}={declared.default}"
+    meaning, allowed = declared.metadata["meaning"], declared.metadata["allowed"]
+    choices = f" ({', '.join(allowed)})" if isinstance(allowed, tuple) else ""
+    return f"  {assignment:<33}  {meaning}{choices}"
+
+
+def read_argument(config, argument):
+    """Take one --name=value, or a bare --name for True."""
+    name, equals, value = argument.removeprefix("--").partition("=")
+    kind, where = kind_of(name, "command line"), "command line"
+    if not equals and kind is not bool and name != "compile":
+        raise refusal(where, f"{name}: expected {KINDS[kind]} (write --{name}=...)")
+    assign(config, name, value if equals else True, where)
+
+
 def read_file(config, path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            tree = ast.parse(file.read())
-    except (OSError, UnicodeDecodeError):
-        raise SystemExit(f"error: no config file '{path}' (settings are written --key=value)") from None
-    except SyntaxError as e:
-        raise SystemExit(f"error: {path}:{e.lineno}: {e.msg}") from None
-    for node in tree.body:
+    """Take the assignments of a config file, without running it."""
+    for node in parse(path):
         where = f"{path}:{node.lineno}"
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
-            raise SystemExit(f"error: {where}: a config file holds assignments only, such as n_layer = 12")
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if len(targets) != 1 or not isinstance(targets[0], ast.Name):
+            raise refusal(where, "a config file holds assignments only, such as n_layer = 12")
         try:
-            value = arithmetic(node.value)
-        except ValueError:
-            raise SystemExit(f"error: {where}: {ast.unparse(node)}: write a plain value or arithmetic on numbers") from None
-        assign(config, node.targets[0].id, value, where)
+            value = evaluate(node.value)
+        except (ValueError, TypeError, ArithmeticError, RecursionError):
+            raise refusal(where, f"{targets[0].id}: write a plain value, or arithmetic on numbers "
+                          f"with results of at most {MAX_RESULT:.0e}") from None
+        assign(config, targets[0].id, value, where)
 
 
-def arithmetic(node):
-    """The value of a literal, or of + - * / // ** on literals, so that a config may say 5 * 8."""
-    if isinstance(node, ast.BinOp):
-        left, right = arithmetic(node.left), arithmetic(node.right)
-        operations = {ast.Add: lambda: left + right, ast.Sub: lambda: left - right, ast.Mult: lambda: left * right,
-                      ast.Div: lambda: left / right, ast.FloorDiv: lambda: left // right, ast.Pow: lambda: left ** right}
-        try:
-            return operations[type(node.op)]()
-        except (KeyError, TypeError, ArithmeticError) as e:
-            raise ValueError(str(e)) from None
-    return ast.literal_eval(node)
+def parse(path):
+    """The statements of a config file as syntax trees."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+        if len(text) > MAX_CHARACTERS:
+            raise refusal(path, f"a config file has at most {MAX_CHARACTERS:,} characters")
+        return ast.parse(text).body
+    except SyntaxError as e:
+        raise refusal(f"{path}:{e.lineno}", e.msg) from None
+    except OSError:
+        raise refusal(f"no config file '{path}'", "settings are written --name=value") from None
+    except (ValueError, RecursionError, MemoryError):
+        raise refusal(path, "not a config file") from None
+
+
+def evaluate(node):
+    """The value of a literal, or of arithmetic on numbers, such as 5 * 8."""
+    if not isinstance(node, ast.BinOp):
+        return ast.literal_eval(node)
+    left, right = evaluate(node.left), evaluate(node.right)
+    if type(node.op) not in OPERATIONS or not {type(left), type(right)} <= {int, float}:
+        raise ValueError
+    operation = OPERATIONS[type(node.op)]
+    estimate = operation(float(left), float(right))  # floats are quick: 9**9**9 overflows
+    if not abs(estimate) <= MAX_RESULT:
+        raise ValueError
+    return operation(left, right)
+
+
+def kind_of(name, where):
+    if name in SETTINGS:
+        return SETTINGS[name].type
+    close = difflib.get_close_matches(name, SETTINGS, n=1)
+    hint = f"did you mean {close[0]}?" if close else "--help lists them"
+    raise refusal(where, f"unknown setting '{name}' ({hint})")
 
 
 def assign(config, name, value, where):
-    if name not in SETTINGS:
-        close = difflib.get_close_matches(name, SETTINGS, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else " (--help lists them all)"
-        raise SystemExit(f"error: {where}: unknown setting '{name}'{hint}")
+    kind = kind_of(name, where)
     try:
-        setattr(config, name, convert(value, SETTINGS[name], from_text=where == "command line"))
+        setattr(config, name, convert(value, kind))
     except ValueError:
-        hint = f" (write --{name}=...)" if value is True else ""
-        raise SystemExit(f"error: {where}: {name}={value}: expected {KINDS[SETTINGS[name]]}{hint}") from None
-    if name == "compile":
-        config.compile = config.compile.lower()
+        raise refusal(where, f"{name}={value}: expected {KINDS[kind]}") from None
     config.origin[name] = where
 
 
-def convert(value, kind, from_text):
-    """`value` as a `kind`. From the command line it comes as text (or True, for a bare flag)."""
-    if kind is str and from_text and value is True:
-        raise ValueError
-    if kind is str and isinstance(value, bool):
-        return str(value)  # compile = True
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    if kind is bool and from_text and value.lower() in ("true", "false", "1", "0"):
-        return value.lower() in ("true", "1")
-    if kind in (int, float) and not isinstance(value, bool) and (from_text or isinstance(value, (int, float))):
-        number = float(value)
-        if kind is float and number == number:
+def convert(value, kind):
+    """The value as the kind of its setting. From the command line it comes as text."""
+    text = str(value)
+    if kind is str and isinstance(value, (str, bool)):  # compile = True
+        return text
+    if kind is bool and text.lower() in BOOLEANS:
+        return BOOLEANS[text.lower()]
+    if kind is int and text.lstrip("+-").isdecimal():
+        return int(text)
+    if kind in (int, float):
+        number = float(text)
+        if kind is float and math.isfinite(number):
             return number
-        if kind is int and number.is_integer():  # 1e9 is a whole number, too
-            return int(number) if "e" in str(value).lower() or not isinstance(value, str) else int(value)
+        if kind is int and number.is_integer():  # 1e9
+            return int(number)
     raise ValueError
 
 
+def refusal(where, message):
+    return SystemExit(f"error: {where}: {message}")
+
+
 def check(config):
-    """Refuses values and combinations that no script can use; GPTConfig refuses the rest."""
-    for name, choices in CHOICES.items():
-        value = getattr(config, name)
-        if not set(value.split(",") if name == "marker" else [value]) <= set(choices):
-            raise config.error(f"{name}={value}: expected one of {', '.join(choices)}")
-    for name in POSITIVE + NOT_NEGATIVE:
-        value = getattr(config, name)
-        if value < 0 or (value == 0 and name in POSITIVE):
-            raise config.error(f"{name}={value} must be {'positive' if name in POSITIVE else 'at least 0'}")
-    for name in ("dropout", "val_fraction", "meta_rate"):
-        if not 0 <= getattr(config, name) < 1:
-            raise config.error(f"{name}={getattr(config, name)} must be at least 0 and below 1")
-    if not 0 < config.top_p <= 1:
-        raise config.error(f"top_p={config.top_p} must be above 0 and at most 1")
-    if config.meta_rate > 0 and not 1 <= round(config.meta_rate * config.block_size) <= config.block_size - 1:
-        raise config.error(f"meta_rate={config.meta_rate} puts no meta-token, or nothing else, into block_size={config.block_size}")
+    """Refuse values that no script can use. GPTConfig checks the architecture."""
+    config.compile = config.compile.lower()
+    for name, declared in SETTINGS.items():
+        value, allowed = getattr(config, name), declared.metadata["allowed"]
+        if isinstance(allowed, tuple):
+            chosen = value.split(",") if name == "marker" else [value]
+            if not set(chosen) <= set(allowed):
+                raise config.error(f"{name}={value}: expected one of {', '.join(allowed)}")
+        elif declared.type in (int, float) and not in_range(value, allowed):
+            raise config.error(f"{name}={value} must be {allowed}")
+    n_meta = round(config.meta_rate * config.block_size)
+    if config.meta_rate > 0 and not 1 <= n_meta < config.block_size:
+        raise config.error(f"meta_rate={config.meta_rate} puts no meta-token, or nothing else, "
+                           f"into block_size={config.block_size}")
 
 
-def help_text():
-    """The settings above with defaults and comments, read from this very file."""
-    lines = [__doc__.strip(), ""]
-    for line in inspect.getsource(Config).splitlines():
-        if setting := re.match(r"    (\w+): \w+ = (.+?) +# (.+)", line):
-            lines.append(f"  --{setting[1]}={setting[2]:<{max(1, 30 - len(setting[1]))}} {setting[3]}")
-        elif section := re.match(r"    # (.+)", line):
-            lines.append(("\n" if lines[-1] else "") + section[1])
-        elif "def " in line:
-            break
-    return "\n".join(lines)
+def in_range(value, allowed):
+    ranges = {NOT_NEGATIVE: value >= 0, POSITIVE: value > 0, SHARE: 0 <= value < 1,
+              PROBABILITY: 0 < value <= 1}
+    return ranges[allowed]

@@ -20,5 +20,5 @@ eval_tokens = 65_536
 train_length = 256              # recall tasks: the window, and twice as much
 eval_lengths = "192,256,384,512"
 phase_steps = 1000
-task_lr = "2e-3"
+task_lr = 2e-3
 test_examples = 500
