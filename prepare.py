@@ -31,6 +31,7 @@ import config as settings
 
 import numpy as np
 import tiktoken
+import torch
 from tqdm import tqdm
 
 META = "<|meta|>"                 # how the meta-token is printed
@@ -47,7 +48,7 @@ def main(argv=None):
     if config.verify:
         manifest = read_manifest(config)
         verify(config, manifest)
-        print(f"{folder_of(config)}: {sum(len(s['shards']) for s in manifest['splits'].values())} shards, checksums match")
+        print(f"{folder_of(config.dataset)}: {sum(len(s['shards']) for s in manifest['splits'].values())} shards, checksums match")
     else:
         prepare(config)
 
@@ -129,7 +130,7 @@ class Source:
             sizes = "".join(f"{key} {os.path.getsize(path)}\n" for key, path in self.files)
             self.version = self.version or f"{len(self.files)} files, sha256 of names and sizes {sha256(sizes.encode())[:16]}"
         else:  # at the revision that was begun with: another one since is no reason to begin anew
-            before = {} if config.overwrite else begun_with(folder_of(config))
+            before = {} if config.overwrite else begun_with(folder_of(config.dataset))
             self.version = before["source_version"] if before.get("source") == config.source else hub_revision(config)
 
     def pieces(self, skip):
@@ -401,7 +402,7 @@ class SplitWriter:
 
 def prepare(config):
     """Writes data/<dataset>/ as the config says, or says that it is there already. Raises SystemExit with one line."""
-    folder, again = folder_of(config), "the same command" + " without --overwrite" * config.overwrite
+    folder, again = folder_of(config.dataset), "the same command" + " without --overwrite" * config.overwrite
     try:
         encoding, source = get_tokenizer(config.tokenizer), Source(config)
         description = {
@@ -433,13 +434,13 @@ def refuse_other(config, there, description):
     """Refuses to take a folder's data, or the beginning of some, for what the description says."""
     for name, value in description.items():
         if there.get(name) != value:
-            raise config.error(f"{folder_of(config)} holds data of {name} {there.get(name)}, not {value}: name another --dataset, "
+            raise config.error(f"{folder_of(config.dataset)} holds data of {name} {there.get(name)}, not {value}: name another --dataset, "
                                "or --overwrite them")
 
 
 def begin(config, description, writers):
     """How far an interrupted run came, with the writers set to go on there; or a fresh start."""
-    folder, progress = folder_of(config), {"of": description, "pieces": 0, "documents": 0, "chars": 0, "tokens": 0}
+    folder, progress = folder_of(config.dataset), {"of": description, "pieces": 0, "documents": 0, "chars": 0, "tokens": 0}
     path = os.path.join(folder, "progress.json")
     if config.overwrite or not os.path.exists(path):
         remove_from(folder, os.listdir(folder))
@@ -457,14 +458,14 @@ def write_tokens(config, source, writers, progress):
     """Tokenises the source from where progress is, and notes every few seconds how far it came."""
     def save():
         state = {split: writer.state() for split, writer in writers.items()}
-        write_json(os.path.join(folder_of(config), "progress.json"), progress | state)
+        write_json(os.path.join(folder_of(config.dataset), "progress.json"), progress | state)
 
     limit = config.max_tokens or sys.maxsize
     if progress["tokens"] >= limit:
         return
     workers = config.workers or cores()
     pool = ProcessPoolExecutor(workers, initializer=start_tokeniser, initargs=(config.tokenizer, config.val_fraction))
-    bar = tqdm(desc=f"preparing {folder_of(config)}", unit=" tokens", unit_scale=True, initial=progress["tokens"],
+    bar = tqdm(desc=f"preparing {folder_of(config.dataset)}", unit=" tokens", unit_scale=True, initial=progress["tokens"],
                total=config.max_tokens or None)
     saved_at = time.monotonic()
     try:
@@ -498,7 +499,7 @@ def cores():
 
 def finish(config, writers, progress):
     """Ends the shards and writes the manifest, with which the data set is complete."""
-    folder = folder_of(config)
+    folder = folder_of(config.dataset)
     splits = {split: writer.close() for split, writer in writers.items()}
     for split, part in splits.items():
         if part["blocks"] == 0:
@@ -512,8 +513,8 @@ def finish(config, writers, progress):
 # ----------------------------------------------------------------------------------------------------------------------
 # The folder
 
-def folder_of(config):
-    return os.path.join("data", config.dataset)
+def folder_of(dataset):
+    return os.path.join("data", dataset)
 
 
 def sha256(data):
@@ -545,7 +546,7 @@ def remove_from(folder, names):
 
 def read_manifest(config):
     """data/<dataset>/manifest.json, its shards' sizes checked. Raises SystemExit with one line."""
-    folder, command = folder_of(config), prepare_command(config)
+    folder, command = folder_of(config.dataset), prepare_command(config)
     path = os.path.join(folder, "manifest.json")
     try:
         with open(path, encoding="utf-8") as file:
@@ -570,7 +571,7 @@ def check_fit(config, manifest):
     """Refuses data that were prepared otherwise than the config says, with the command that would make it right."""
     for name in ("tokenizer", "block_size", "meta_rate", "meta_placement"):
         if manifest[name] != getattr(config, name):
-            raise config.error(f"{folder_of(config)} was prepared with {name} {manifest[name]}, but {name}={getattr(config, name)}: "
+            raise config.error(f"{folder_of(config.dataset)} was prepared with {name} {manifest[name]}, but {name}={getattr(config, name)}: "
                                f"name another --dataset, or run {prepare_command(config)} --overwrite")
 
 
@@ -578,7 +579,7 @@ def verify(config, manifest):
     """Compares every shard's checksum with the manifest."""
     for split in manifest["splits"].values():
         for shard in split["shards"]:
-            path = os.path.join(folder_of(config), shard["file"])
+            path = os.path.join(folder_of(config.dataset), shard["file"])
             if sha256_of(path) != shard["sha256"]:
                 raise SystemExit(f"error: {path} was altered (its checksum differs): run {prepare_command(config)} --overwrite")
 
@@ -589,6 +590,39 @@ def prepare_command(config):
              "seed")
     given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(settings.Config, name)}
     return shlex.join(["python", "prepare.py", *(f"--{name}={value}" for name, value in given.items())])
+
+
+class Blocks:
+    """The blocks of one split: x is a block, y the same tokens one later."""
+
+    def __init__(self, folder, manifest, split):
+        shards = manifest["splits"][split]["shards"]
+        self.block_size = manifest["block_size"]
+        self.meta_id = manifest["meta_id"]
+        self.n_meta = manifest["meta_per_block"]
+        self.text_per_block = self.block_size - self.n_meta
+        self.paths = [os.path.join(folder, shard["file"]) for shard in shards]
+        self.ends = np.cumsum([shard["tokens"] // self.block_size for shard in shards])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def read(self, number):
+        """Block `number` and the token behind it: uint16 (T + 1,)."""
+        shard = int(np.searchsorted(self.ends, number, side="right"))
+        first = int(self.ends[shard - 1]) if shard > 0 else 0
+        offset = (int(number) - first) * self.block_size * DTYPE.itemsize
+        tokens = np.fromfile(self.paths[shard], DTYPE, self.block_size + 1, offset=offset)
+        if tokens.max() > self.meta_id:
+            raise SystemExit(f"error: {self.paths[shard]}: token id {tokens.max()} is beyond the "
+                             "vocabulary: the data are damaged, prepare them again")
+        return tokens
+
+    def batch(self, numbers):
+        """(x, y) of these blocks, each int64 (len(numbers), T)."""
+        tokens = np.stack([self.read(number) for number in numbers])       # (B, T + 1)
+        tokens = torch.from_numpy(tokens.astype(np.int64))
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 if __name__ == "__main__":

@@ -1,20 +1,227 @@
-"""Continues a prompt with a trained model.
+"""Continue a prompt with a trained model.
 
     python sample.py                                          # from the checkpoint in out/
     python sample.py --start="def main(" --stream --show_meta
     python sample.py --init_from=gpt2 --start=FILE:prompt.txt --num_samples=3
+
+Each token is computed once: its keys and values stay in a cache. On a GPU every step is
+replayed as one CUDA graph.
 """
 import codecs
+import itertools
+import math
 import os
 import sys
 
 import config as settings
+from machine import Machine
 from prepare import decode, get_tokenizer, inject, meta_per_block, meta_places
-from train import adopt_settings, load_saved, pick_device
+from train import load_saved
 
 import numpy as np
 import torch
 
+
+@torch.no_grad()
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+           meta_rate=0.0, seed=None, use_cache=True):
+    """Yield what follows the prompt idx (B, T), one token (B, 1) after the other.
+
+    max_new_tokens counts text. Meta-tokens come on top: they are never sampled, but fed
+    at random places, as in training, round(meta_rate * block_size) in each block.
+    temperature 0 takes the likeliest token. When the window is full, generation goes on
+    from its last half. use_cache=False computes the same without caches.
+
+    Raises ValueError for an empty prompt, or a meta_rate without meta-tokens.
+    """
+    c = model.config
+    if idx.size(1) == 0:
+        raise ValueError("an empty prompt: give at least one token")
+    if meta_rate > 0 and c.meta_id is None:
+        raise ValueError(f"meta_rate={meta_rate}, but the model has no meta-tokens")
+    if seed is None:
+        seed = 0 if temperature == 0 else torch.randint(2**62, ()).item()
+    generator = torch.Generator(idx.device).manual_seed(seed)
+    n_meta = min(round(meta_rate * c.block_size), c.block_size - 1)
+    is_due = itertools.islice(meta_schedule(c.block_size, n_meta, seed), idx.size(1), None)
+    decoder = Decoder(model)
+    if use_cache:
+        size = min(idx.size(1) + max_new_tokens + n_meta, c.block_size)
+        decoder = CachedDecoder(model, len(idx), size)
+
+    window = idx
+    for _ in range(max_new_tokens):
+        while next(is_due):
+            meta_token = torch.full_like(idx[:, :1], c.meta_id)            # (B, 1)
+            window = torch.cat([window, meta_token], dim=1)
+            yield meta_token
+        if window.size(1) > c.block_size:
+            window = window[:, -max(c.block_size // 2, 1):]
+            decoder.clear()
+        logits = decoder.next_logits(window)                               # (B, vocab_size)
+        logits = logits[:, :c.text_vocab_size].float()
+        token = sample(logits, temperature, top_k, top_p, generator)       # (B, 1)
+        window = torch.cat([window, token], dim=1)
+        yield token
+
+
+def meta_schedule(block_size, n_meta, seed):
+    """Yield for one position after the other whether a meta-token is due there.
+
+    Each block of block_size positions has n_meta, drawn anew, and none at its first.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    while True:
+        places = torch.randperm(block_size - 1, generator=rng)[:n_meta] + 1
+        places = set(places.tolist())
+        yield from (position in places for position in range(block_size))
+
+
+def sample(logits, temperature, top_k, top_p, generator):
+    """Draw a token for each row of logits (B, V), float32: (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k:
+        logits = keep_top_k(logits, top_k)
+    if top_p is not None and top_p < 1:
+        logits = keep_top_p(logits, top_p)
+    # Of p_i / Exp(1), the largest is at i with probability p_i. Unlike
+    # torch.multinomial, this does not make the host wait for the GPU.
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(-1) / noise).argmax(-1, keepdim=True)
+
+
+def keep_top_k(logits, k):
+    """logits (B, V) with -inf at all but the k likeliest tokens."""
+    kth = logits.topk(min(k, logits.size(-1))).values[:, -1:]              # (B, 1)
+    return logits.masked_fill(logits < kth, -math.inf)
+
+
+def keep_top_p(logits, p):
+    """logits (B, V) with -inf at all but the likeliest tokens that share p."""
+    values, order = logits.sort(descending=True)
+    probs = values.softmax(-1)
+    likelier = probs.cumsum(-1) - probs         # probability of the tokens before it
+    return logits.scatter(1, order, values.masked_fill(likelier >= p, -math.inf))
+
+
+# --------------------------------------------------------------------------------------
+# From a window of tokens to the logits of the next one
+
+class Decoder:
+    """Computes the whole window each time, as nanoGPT does."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def clear(self):
+        """Forget the window: another one follows."""
+
+    def next_logits(self, window):
+        """window (B, T) -> (B, vocab_size)"""
+        return self.model.lm_head(self.model.hidden_states(window)[:, -1])
+
+
+class CachedDecoder:
+    """Computes each token of a growing window once."""
+
+    def __init__(self, model, batch_size, size):
+        c, weight = model.config, model.lm_head.weight
+        shape = (batch_size, c.n_head, size, c.head_dim)
+        n_meta_layers = c.n_layer if c.meta_attention else 0
+        self.model = model
+        self.caches = (KVCache(c.n_layer, shape, weight.dtype, weight.device),
+                       KVCache(n_meta_layers, shape, weight.dtype, weight.device))
+        self.seen = 0                           # tokens of the window that are cached
+        self.graphs = {}                        # captured steps, by their number of tokens
+
+    def clear(self):
+        self.seen = 0
+        for cache in self.caches:
+            cache.clear()
+
+    def next_logits(self, window):
+        """window (B, T) -> (B, vocab_size)"""
+        is_prompt = self.seen == 0
+        new = window[:, self.seen:]                                        # (B, n)
+        self.seen = window.size(1)
+        if is_prompt:
+            logits = self.compute(new, n_meta=None)
+            for cache in self.caches:
+                cache.is_prompt = False
+            return logits
+        # A step: one token of text, and the meta-tokens behind it, seldom more than one
+        if new.is_cuda and new.size(1) <= 2:
+            return self.replay(new)
+        return self.compute(new, n_meta=new.size(1) - 1)
+
+    def compute(self, new, n_meta):
+        x = self.model.hidden_states(new, n_meta, self.caches)             # (B, n, C)
+        return self.model.lm_head(x[:, -1])                                # (B, vocab_size)
+
+    def replay(self, new):
+        """The same as a CUDA graph: one launch instead of hundreds."""
+        n = new.size(1)
+        if n not in self.graphs:
+            graph, own_new = torch.cuda.CUDAGraph(), new.clone()
+            with torch.cuda.graph(graph):
+                own_logits = self.compute(own_new, n_meta=n - 1)
+            self.graphs[n] = graph, own_new, own_logits
+        graph, own_new, own_logits = self.graphs[n]
+        own_new.copy_(new)
+        graph.replay()
+        return own_logits
+
+
+class KVCache:
+    """The keys and values of one attention, in all layers: plain tensors.
+
+    Their size is fixed, and their length is kept on the device. So every step has the
+    same shapes and addresses, as a CUDA graph needs.
+    """
+
+    def __init__(self, n_layer, shape, dtype, device):
+        """shape: (B, nh, size, hs)"""
+        B, _, size, _ = shape
+        self.k = torch.zeros(n_layer, *shape, dtype=dtype, device=device)
+        self.v = torch.zeros(n_layer, *shape, dtype=dtype, device=device)
+        self.is_real = torch.zeros(B, size, dtype=torch.bool, device=device)
+        self.length = torch.zeros((), dtype=torch.long, device=device)
+        self.is_prompt = True                   # nothing is cached yet
+
+    def clear(self):
+        self.is_real.zero_()
+        self.length.zero_()
+        self.is_prompt = True
+
+    def advance(self, is_real):
+        """Make room for n more tokens. Returns their slots, (n,), from 0 on.
+
+        is_real (B, n), bool: False for padding, which nobody may see.
+        """
+        n, size = is_real.size(1), self.is_real.size(1)
+        self.slots = self.length + torch.arange(n, device=is_real.device)  # (n,)
+        self.length.add_(n)
+        self.is_real.index_copy_(1, self.slots, is_real)
+        self.mask = None                        # the prompt sees itself alone, causally
+        if not self.is_prompt:
+            slots = torch.arange(size, device=is_real.device)
+            is_earlier = slots <= self.slots.unsqueeze(1)                  # (n, size)
+            self.mask = self.is_real[:, None, None] & is_earlier           # (B, 1, n, size)
+        return self.slots
+
+    def update(self, layer, k, v):
+        """Store k and v, (B, nh, n, hs). Returns the keys, values and mask to attend by."""
+        self.k[layer].index_copy_(2, self.slots, k)
+        self.v[layer].index_copy_(2, self.slots, v)
+        if self.mask is None:
+            return k, v, None
+        return self.k[layer], self.v[layer], self.mask
+
+
+# --------------------------------------------------------------------------------------
+# The script
 
 def read_start(config):
     """The prompt's text. Raises SystemExit if there is none."""
@@ -44,9 +251,10 @@ def inject_prompt(tokens, config, meta_id):
 
 
 def run(config):
-    device, dtype = pick_device(config)
-    model, checkpoint = load_saved(config)
-    adopt_settings(config, checkpoint, ("meta_rate", "meta_placement"))
+    machine = config.checked(Machine, config.device, config.dtype)
+    device, dtype = machine.device, machine.dtype
+    model, saved, _ = load_saved(config)
+    config.remember(saved["settings"], ("meta_rate", "meta_placement"))
     if model.config.meta_id is None and config.meta_rate > 0:
         if config.typed("meta_rate"):
             raise config.error(f"meta_rate={config.meta_rate}, but the model has no meta-tokens")
@@ -62,7 +270,7 @@ def run(config):
     model.to(device, dtype).eval()
     prompt = torch.tensor(np.array(prompt), device=device).unsqueeze(0)
     options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "meta_rate": config.meta_rate,
-               "seed": config.seed, "compiled": config.compile == "true"}
+               "seed": config.seed}
     if prompt.size(1) + (config.max_new_tokens - 1) / (1 - config.meta_rate) > model.config.block_size:
         print(f"[longer than the window of {model.config.block_size} tokens: each time it is full, generation goes on from its last half]",
               file=sys.stderr)
@@ -73,7 +281,7 @@ def run(config):
     for i in range(config.num_samples):
         print(("-" * 40 + "\n" if i else "") + decode(encoding, prompt[0].tolist(), config.show_meta), end="", flush=True)
         bytes_to_text = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
-        for token in model.stream(prompt, config.max_new_tokens, **options | {"seed": config.seed + i}):
+        for token in stream(model, prompt, config.max_new_tokens, **options | {"seed": config.seed + i}):
             if token.item() < encoding.eot_token:
                 print(bytes_to_text.decode(encoding.decode_single_token_bytes(token.item())), end="", flush=True)
             elif config.show_meta:

@@ -25,7 +25,10 @@ import eval_synthetic
 import prepare
 import sample
 import train
-from model import GPT, GPTConfig, LinearCrossEntropy, pad_vocab, rope_frequencies
+import checkpoint
+from machine import Machine
+from model import (GPT, GPTConfig, LinearCrossEntropy, pad_vocab, rope_frequencies,
+                   rope_tables, rotate)
 
 import numpy as np
 import pytest

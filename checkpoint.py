@@ -1,0 +1,277 @@
+"""What training leaves in out_dir: checkpoints and the log. Also loads OpenAI's GPT-2.
+
+A checkpoint is a dictionary in ckpt.pt (the last state of a run) or in best.pt (that of
+the lowest validation loss). Loading never runs code from a file. Whatever is wrong with
+a file is a ValueError of one line.
+"""
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from dataclasses import asdict, fields
+
+from model import GPT, GPTConfig
+
+import torch
+
+# The architecture comes from the checkpoint. These settings may be changed afterwards:
+MAY_CHANGE = ("block_size", "yarn_scale", "dropout", "zero_meta_pos", "zero_meta_embd")
+# and these may not; only meta-attention may be asked of a model without meta-tokens.
+FIXED = ("n_layer", "n_head", "n_embd", "bias", "pos", "rope_base", "beta_fast", "beta_slow",
+         "meta_attention")
+ARCHITECTURE = FIXED + MAY_CHANGE
+
+
+def load_trained(name, given):
+    """(model, checkpoint) by name: a checkpoint's file or folder, or a GPT-2.
+
+    given: what was asked for, {setting: value}, of ARCHITECTURE and the tokenizer.
+    Raises ValueError if the file is bad, or if a setting that may not change differs.
+    """
+    if is_pretrained(name):
+        model = load_gpt2(name)
+        checkpoint = {"step": None, "settings": {"tokenizer": "gpt2"}}
+    else:
+        checkpoint = load(name)
+        model = build(checkpoint)
+    found = asdict(model.config) | {"tokenizer": checkpoint["settings"]["tokenizer"]}
+    for setting in ("tokenizer", *FIXED):
+        asked = given.get(setting, found[setting])
+        may_be_added = setting == "meta_attention" and model.config.meta_id is None
+        if asked != found[setting] and not may_be_added:
+            raise ValueError(f"{setting}={asked}, but the checkpoint has {found[setting]}: "
+                             "leave it out, or train from scratch")
+    changes = {setting: given[setting] for setting in MAY_CHANGE if setting in given}
+    window = model.config.block_size
+    if model.config.pos == "absolute" and changes.pop("block_size", window) > window:
+        raise ValueError(f"block_size={given['block_size']}, but the checkpoint has learned "
+                         f"positions for {window}")
+    return model.reconfigured(**changes), checkpoint
+
+
+# --------------------------------------------------------------------------------------
+# Our own checkpoints
+
+def load(path):
+    """The dictionary that was saved: 'model', 'model_config', 'settings', 'step', ...
+
+    path is a .pt file, or a folder that holds ckpt.pt.
+    """
+    if not path.endswith(".pt"):
+        path = os.path.join(path, "ckpt.pt")
+    checkpoint = read_torch_file(path)
+    needed = {"model", "model_config", "settings", "step"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise ValueError(f"{path} is not a checkpoint of train.py")
+    differing = checkpoint["model_config"].keys() ^ {field.name for field in fields(GPTConfig)}
+    if differing:
+        raise ValueError(f"{path} was written by another version: its architecture differs "
+                         f"in {', '.join(sorted(differing))}")
+    return checkpoint
+
+
+def build(checkpoint):
+    """The model of a checkpoint, on the CPU."""
+    model = GPT(GPTConfig(**checkpoint["model_config"]))
+    return load_weights(model, checkpoint["model"], "the checkpoint")
+
+
+def load_weights(model, weights, source):
+    """Load weights into a model and return it. source names them if they do not fit."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())[:200]
+        raise ValueError(f"{source} is of another architecture: {reason}") from None
+    return model
+
+
+def save(path, contents, advice="run the same command again"):
+    """Replace the file at once, or leave it as it was.
+
+    Raises SystemExit, with advice on how to go on, if the disk is full.
+    """
+    try:
+        with open(path + ".tmp", "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        mend = "make room"
+        if os.path.exists(path):
+            mend = f"it is still the one before; make room, and {advice}"
+        reason = str(e).splitlines()[0]
+        raise SystemExit(f"error: cannot save {path} ({reason}): {mend}") from None
+
+
+def keep_best(out_dir):
+    """Make best.pt what ckpt.pt is now."""
+    last, best = os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "best.pt")
+    if os.path.exists(best + ".tmp"):
+        os.remove(best + ".tmp")
+    try:
+        os.link(last, best + ".tmp")  # no copy: ckpt.pt is replaced, never written to
+    except OSError:
+        shutil.copyfile(last, best + ".tmp")
+    os.replace(best + ".tmp", best)
+
+
+def load_optimizer(optimizer, scaler, checkpoint):
+    """Take over the moments and the loss scale, but keep today's decay and betas."""
+    today = [{name: group[name] for name in ("weight_decay", "betas", "fused")}
+             for group in optimizer.param_groups]
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    for group, values in zip(optimizer.param_groups, today):
+        group.update(values)
+    if scaler.is_enabled() and checkpoint["scaler"]:  # empty if it was not float16 then
+        scaler.load_state_dict(checkpoint["scaler"])
+
+
+def stem(path):
+    """A checkpoint's name: its file's without .pt, or its folder's."""
+    return os.path.basename(os.path.normpath(path)).removesuffix(".pt")
+
+
+def sha256_of_weights(model):
+    digest = hashlib.sha256()
+    for name, p in model.state_dict().items():
+        digest.update(name.encode() + p.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_torch_file(path):
+    """Tensors and plain values from a file of torch.save. Code in it does not run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"no checkpoint {path}") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is not a checkpoint, or holds more than weights: "
+                         "refused") from None
+    except Exception as e:  # a damaged file raises whatever its bytes lead to
+        reason = str(e).split("\n")[0][:100] or type(e).__name__
+        raise ValueError(f"{path} is truncated or damaged ({reason})") from None
+
+
+# --------------------------------------------------------------------------------------
+# The log
+
+class Log:
+    """log.jsonl, the lines on the terminal, and loss.png: of the first process."""
+
+    def __init__(self, out_dir, step, text_per_step, is_on):
+        """Go on with the log in out_dir, up to a step, or begin one."""
+        self.path = os.path.join(out_dir, "log.jsonl")
+        self.picture = os.path.join(out_dir, "loss.png")
+        self.text_per_step = text_per_step
+        self.is_on, self.entries = is_on, []
+        if not is_on:
+            return
+        if step > 0 and os.path.exists(self.path):
+            self.entries = self.read(step)
+        with open(self.path + ".tmp", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
+        os.replace(self.path + ".tmp", self.path)
+
+    def read(self, step):
+        """The entries up to a step. A line that a crash cut short is none."""
+        with open(self.path, encoding="utf-8") as file:
+            entries = [json.loads(line) for line in file if line.endswith("}\n")]
+        return [entry for entry in entries if entry["step"] <= step]
+
+    def write(self, line, step, **entry):
+        """Add an entry, and show it as a line."""
+        if self.is_on:
+            entry = {"step": step, "text_tokens": step * self.text_per_step} | entry
+            self.entries.append(entry)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        self.say(line)
+
+    def say(self, line):
+        if self.is_on:
+            print(line, flush=True)
+
+    def draw(self):
+        """Draw training and validation loss over the text seen."""
+        train = [e for e in self.entries if "loss" in e]
+        val = [e for e in self.entries if "val_loss" in e]
+        losses = [e["loss"] for e in train] + [e["val_loss"] for e in val]
+        if not self.is_on or len(losses) < 2:
+            return
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        self.curve(axes, train, "loss", "training", alpha=0.6)
+        self.curve(axes, val, "val_loss", "validation", marker="o", markersize=3)
+        top = min(max(losses), 2.5 * min(losses))  # the first steps would flatten the rest
+        axes.set(xlabel="text tokens seen (millions)", ylabel="loss (nats per text token)",
+                 ylim=(0.95 * min(losses), top))
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(self.picture + ".tmp", format="png", dpi=120)
+        os.replace(self.picture + ".tmp", self.picture)
+
+    @staticmethod
+    def curve(axes, entries, name, label, **style):
+        if entries:
+            tokens = [e["text_tokens"] / 1e6 for e in entries]
+            losses = [e[name] for e in entries]
+            axes.plot(tokens, losses, label=f"{label}, {losses[-1]:.3f} at the end", **style)
+
+
+# --------------------------------------------------------------------------------------
+# OpenAI's GPT-2
+
+def is_pretrained(name):
+    """Whether it names OpenAI's GPT-2, or a folder in Hugging Face's format."""
+    if os.path.exists(name):
+        return os.path.isfile(os.path.join(name, "config.json"))
+    return name.startswith("gpt2")
+
+
+def load_gpt2(name):
+    """'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with config.json and
+    pytorch_model.bin. It has no meta-tokens yet: see GPT.with_meta_tokens.
+    """
+    config_file = find_pretrained(name, "config.json")
+    weights_file = find_pretrained(name, "pytorch_model.bin")
+    with open(config_file, encoding="utf-8") as file:
+        hf = json.load(file)
+    if hf.get("model_type") != "gpt2":
+        raise ValueError(f"{name} is no GPT-2: its config.json says model_type "
+                         f"{hf.get('model_type')}")
+    model = GPT(GPTConfig(
+        block_size=hf["n_positions"], vocab_size=hf["vocab_size"], n_layer=hf["n_layer"],
+        n_head=hf["n_head"], n_embd=hf["n_embd"], bias=True, pos="absolute", meta_id=None,
+        meta_attention=False))
+    weights = {}
+    for key, value in read_torch_file(weights_file).items():
+        if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            value = value.t()  # Hugging Face's Conv1D holds (in, out)
+        weights["transformer." + key.removeprefix("transformer.")] = value
+    weights["lm_head.weight"] = weights.get("transformer.wte.weight")
+    wanted = model.state_dict().keys()  # the file also holds causal masks
+    weights = {key: value for key, value in weights.items() if key in wanted}
+    return load_weights(model, weights, weights_file)
+
+
+def find_pretrained(name, file):
+    """Path of a file of a GPT-2, in the folder `name` or from the Hugging Face hub."""
+    if os.path.isdir(name):
+        path = os.path.join(name, file)
+        if not os.path.isfile(path):
+            raise ValueError(f"{name} holds neither ckpt.pt nor Hugging Face's {file}")
+        return path
+    repository = name if "/" in name else f"openai-community/{name}"
+    try:
+        from huggingface_hub import hf_hub_download
+        return hf_hub_download(repository, file)
+    except Exception as e:  # offline, unknown, not permitted, not installed
+        raise ValueError(f"cannot get {file} of '{name}' from the Hugging Face hub "
+                         f"({type(e).__name__}): go online, or put config.json and "
+                         "pytorch_model.bin into a folder and name that") from None
