@@ -85,11 +85,9 @@ class Training:
     beta1: float = setting(0.9, "AdamW: decay of the gradient's running mean", SHARE)
     beta2: float = setting(0.95, "AdamW: decay of the running mean of its square", SHARE)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: no limit")
-    log_interval: int = setting(10, "steps from one line of the log to the next", POSITIVE)
-    eval_interval: int = setting(1000, "steps from one evaluation and checkpoint to the next",
-                                 POSITIVE)
-    eval_tokens: int = setting(2_457_600, "text tokens in an evaluation, always the same ones",
-                               POSITIVE)
+    log_interval: int = setting(10, "steps between lines of the log", POSITIVE)
+    eval_interval: int = setting(1000, "steps between evaluations, each with checkpoint", POSITIVE)
+    eval_tokens: int = setting(2_457_600, "text tokens to evaluate on, always the same", POSITIVE)
     eval_only: bool = setting(False, "evaluate once and exit")
     seed: int = setting(1337, "of data order, initial weights, meta-tokens and sampling")
 
@@ -109,8 +107,7 @@ class Sampling:
     max_new_tokens: int = setting(300, "text tokens in each continuation", POSITIVE)
     temperature: float = setting(0.8, "0: always the likeliest token")
     top_k: int = setting(200, "draw from the k likeliest tokens; 0: from all")
-    top_p: float = setting(1.0, "draw from the likeliest tokens that share this probability",
-                           PROBABILITY)
+    top_p: float = setting(1.0, "draw from the likeliest that sum to this", PROBABILITY)
     stream: bool = setting(False, "print each token as soon as it is drawn")
     show_meta: bool = setting(False, "print meta-tokens as <|meta|>")
 
@@ -124,10 +121,8 @@ class Tasks:
     marker: str = setting("meta", "mark; fresh: a new token, text: #; several: comma-separated",
                           ("meta", "fresh", "text", "none"))
     add_meta: bool = setting(False, "add meta-tokens and meta-attention to a model without them")
-    train_length: int = setting(1024, "largest training length, in tokens, of 64, 128, ...",
-                                POSITIVE)
-    eval_lengths: str = setting("128,256,512,1024,2048", "test lengths: examples have at most so "
-                                "many tokens, and over half as many")
+    train_length: int = setting(1024, "last training length in tokens, of 64, 128, ...", POSITIVE)
+    eval_lengths: str = setting("128,256,512,1024,2048", "lengths of test examples, in tokens")
     rows: str = setting("all", "full, no_pos, no_pos_meta, no_embed, no_meta_attention, no_meta "
                         "(comma-separated), or 'all'")
     label: str = setting("", "name in results and figures; empty: from init_from and marker")
@@ -135,8 +130,7 @@ class Tasks:
     task_batch_size: int = setting(16, "examples in a step", POSITIVE)
     task_lr: float = setting(3e-4, "peak learning rate; smaller models need a higher one", POSITIVE)
     task_warmup: int = setting(100, "steps of linear warm-up; at most a tenth of the run")
-    val_interval: int = setting(250, "steps from one validation and checkpoint to the next",
-                                POSITIVE)
+    val_interval: int = setting(250, "steps between validations, each with checkpoint", POSITIVE)
     val_examples: int = setting(256, "validation examples, of train_length", POSITIVE)
     test_examples: int = setting(2000, "test examples of each length", POSITIVE)
     stop_solved: bool = setting(False, "stop as soon as validation is solved")
@@ -183,7 +177,7 @@ class Config(*ALL_GROUPS):
                 setattr(self, name, saved[name])
 
     def error(self, message):
-        """SystemExit with the message, and where each setting in it (`name=`) was set."""
+        """SystemExit that also says where each setting in it (`name=`) was set."""
         names = dict.fromkeys(re.findall(r"(?<![-\w])(\w+)=", str(message)))
         where = [f"{n}: {self.origin.get(n, 'default')}" for n in names if n in SETTINGS]
         return SystemExit(f"error: {message}" + (f" ({', '.join(where)})" if where else ""))
@@ -231,10 +225,11 @@ def load(argv=None, groups=ALL_GROUPS, usage=__doc__):
         if argument in ("-h", "--help"):
             print(help_text(groups, usage))
             raise SystemExit(0)
-        if argument.startswith("--"):
-            read_argument(config, argument)
-        else:
+        if not argument.startswith("--"):
             read_file(config, argument)
+            continue
+        name, equals, text = argument.removeprefix("--").partition("=")
+        assign(config, name, text if equals else True, "command line")
     check(config)
     return config
 
@@ -256,17 +251,8 @@ def help_line(declared):
     return f"  {assignment:<33}  {meaning}{choices}"
 
 
-def read_argument(config, argument):
-    """Take one --name=value, or a bare --name for True."""
-    name, equals, value = argument.removeprefix("--").partition("=")
-    kind, where = kind_of(name, "command line"), "command line"
-    if not equals and kind is not bool and name != "compile":
-        raise refusal(where, f"{name}: expected {KINDS[kind]} (write --{name}=...)")
-    assign(config, name, value if equals else True, where)
-
-
 def read_file(config, path):
-    """Take the assignments of a config file, without running it."""
+    """Take the assignments of a config file. Nothing in it is run."""
     for node in parse(path):
         where = f"{path}:{node.lineno}"
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -292,10 +278,8 @@ def parse(path):
         return ast.parse(text).body
     except SyntaxError as e:
         raise refusal(f"{path}:{e.lineno}", e.msg) from None
-    except OSError:
+    except (OSError, ValueError, RecursionError, MemoryError):
         raise refusal(f"no config file '{path}'", "settings are written --name=value") from None
-    except (ValueError, RecursionError, MemoryError):
-        raise refusal(path, "not a config file") from None
 
 
 def evaluate(node):
@@ -312,38 +296,35 @@ def evaluate(node):
     return operation(left, right)
 
 
-def kind_of(name, where):
-    if name in SETTINGS:
-        return SETTINGS[name].type
-    close = difflib.get_close_matches(name, SETTINGS, n=1)
-    hint = f"did you mean {close[0]}?" if close else "--help lists them"
-    raise refusal(where, f"unknown setting '{name}' ({hint})")
-
-
 def assign(config, name, value, where):
-    kind = kind_of(name, where)
+    if name not in SETTINGS:
+        close = difflib.get_close_matches(name, SETTINGS, n=1)
+        hint = f"did you mean {close[0]}?" if close else "--help lists them"
+        raise refusal(where, f"unknown setting '{name}' ({hint})")
+    if name == "compile":
+        value = str(value).lower()  # a config file may say True
+    kind = SETTINGS[name].type
     try:
         setattr(config, name, convert(value, kind))
     except ValueError:
-        raise refusal(where, f"{name}={value}: expected {KINDS[kind]}") from None
+        hint = f" (write --{name}=...)" if value is True else ""
+        raise refusal(where, f"{name}={value}: expected {KINDS[kind]}{hint}") from None
     config.origin[name] = where
 
 
 def convert(value, kind):
     """The value as the kind of its setting. From the command line it comes as text."""
     text = str(value)
-    if kind is str and isinstance(value, (str, bool)):  # compile = True
+    if kind is str and isinstance(value, str):
         return text
     if kind is bool and text.lower() in BOOLEANS:
         return BOOLEANS[text.lower()]
     if kind is int and text.lstrip("+-").isdecimal():
         return int(text)
-    if kind in (int, float):
-        number = float(text)
-        if kind is float and math.isfinite(number):
-            return number
-        if kind is int and number.is_integer():  # 1e9
-            return int(number)
+    if kind is int and float(text).is_integer():  # 1e9
+        return int(float(text))
+    if kind is float and math.isfinite(float(text)):
+        return float(text)
     raise ValueError
 
 
@@ -353,7 +334,6 @@ def refusal(where, message):
 
 def check(config):
     """Refuse values that no script can use. GPTConfig checks the architecture."""
-    config.compile = config.compile.lower()
     for name, declared in SETTINGS.items():
         value, allowed = getattr(config, name), declared.metadata["allowed"]
         if isinstance(allowed, tuple):
