@@ -15,9 +15,9 @@ import re
 import sys
 from dataclasses import dataclass, field, fields
 
-# OpenMP reads this when torch is loaded, so import config before torch. Threads that wait
-# for one another spin. By default they spin for long, which slowed training down 30 times
-# while another process kept one of two cores busy.
+# OpenMP reads this when torch is loaded: import config before torch. Threads that wait
+# for one another spin, by default for long. That slowed training down 30 times while
+# another process kept one of two cores busy.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 NOT_NEGATIVE, POSITIVE = "at least 0", "positive"
@@ -34,7 +34,7 @@ class Data:
     dataset: str = setting("c4_meta", "name of the data set: the folder data/<dataset>/")
     source: str = setting("allenai/c4:en", "'stdlib' (Python's own), files, folders or globs "
                           "(comma-separated), or Hugging Face's name[:config]")
-    tokenizer: str = setting("gpt2", "BPE with 50,257 tokens, or 256 bytes", ("gpt2", "bytes"))
+    tokenizer: str = setting("gpt2", "BPE of 50,257 tokens, or bytes", ("gpt2", "bytes"))
     meta_rate: float = setting(0.1, "share of meta-tokens; 0: plain text", BELOW_ONE)
     meta_placement: str = setting("random", "places of meta-tokens in a block", ("random", "periodic"))
 
