@@ -1,7 +1,9 @@
 """What the project promises, each promise checked against something independent of the code that keeps it."""
+import contextlib
 import glob
 import gzip
 import inspect
+import io
 import itertools
 import json
 import math
@@ -16,10 +18,11 @@ import sys
 import textwrap
 import time
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import analyze
+import bench
 import checkpoint
 import config as settings
 import eval_synthetic
@@ -604,47 +607,116 @@ def test_a_folder_without_a_gpt2_is_refused(tmp_path):
 # --------------------------------------------------------------------------------------
 # config: settings and the parser
 
-@pytest.mark.parametrize("path", sorted(glob.glob(f"{HERE}/config/*.py")))
+CONFIGS = [path for path in sorted(glob.glob(f"{HERE}/config/*.py")) if "__init__" not in path]
+
+
+@pytest.mark.parametrize("path", CONFIGS)
 def test_every_config_describes_a_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if path.endswith("__init__.py"):
-        pytest.skip("not a config")
     config = settings.load([path])
     name = os.path.basename(path).removesuffix(".py")
-    worlds = {"study": (1,), "study_gpu": (1,), "quickstart": (1, 2), "meta_gpt2_h100": (1, 2)}  # small ones are for few processes
-    for world in worlds.get(name, (1, 2, 8)):
+    few_processes = {"study": (1,), "study_gpu": (1,), "quickstart": (1, 2), "meta_gpt2_h100": (1, 2)}
+    for world in few_processes.get(name, (1, 2, 8)):
         train.check_start(config, world)
     if config.init_from == "scratch":
         with torch.device("meta"):
-            n = GPT(train.new_model_config(config, 257 if config.tokenizer == "bytes" else 50257)).num_params() / 1e6
-        like = {"meta_gpt2_h100": "meta_gpt2"}.get(name, name)  # README gives the millions of parameters
+            text_vocab_size = 257 if config.tokenizer == "bytes" else 50257
+            n = GPT(train.new_model_config(config, text_vocab_size)).num_params() / 1e6
+        like = {"meta_gpt2_h100": "meta_gpt2"}.get(name, name)  # README has the millions
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
             assert f"{n:.1f}" == re.search(rf"^\| `{like}` \|.*\| ([\d.]+)M \|$", file.read(), re.M)[1]
 
 
 def test_the_defaults_are_the_papers_run():
     defaults, paper = settings.load([]), settings.load([f"{HERE}/config/meta_gpt2.py"])
-    differing = {name for name in settings.SETTINGS if getattr(defaults, name) != getattr(paper, name)}
-    assert differing == {"out_dir", "max_tokens"}
+    differing = {name for name, value in vars(defaults).items() if getattr(paper, name) != value}
+    assert differing == {"out_dir", "max_tokens", "origin"}
     assert train.new_model_config(defaults, 50257) == GPTConfig()
 
 
-def test_help_lists_every_setting_with_its_meaning(capsys):
-    with pytest.raises(SystemExit):
-        settings.load(["--help"])
-    lines = capsys.readouterr().out.splitlines()
-    for name in settings.SETTINGS:
-        [line] = [line for line in lines if line.startswith(f"  --{name}=")]
-        assert len(line.split("  ")[-1]) > 5
+def help_of(run, *args):
+    """{setting: meaning} as `run --help` prints them, and all that it prints."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as end:
+        run([*args, "--help"])
+    assert end.value.code == 0
+    lines = re.findall(r"^  --(\w+)=\S*  +(.+)$", output.getvalue(), re.M)
+    assert len(lines) == len(dict(lines))
+    return dict(lines), output.getvalue()
+
+
+def names_of(*groups):
+    return [declared.name for group in groups for declared in fields(group)]
+
+
+def test_help_lists_every_setting_with_its_meaning():
+    meanings, _ = help_of(settings.load)
+    assert list(meanings) == names_of(*settings.ALL_GROUPS)
+    assert set(meanings) == set(settings.SETTINGS)
+    assert all(len(meaning) > 5 for meaning in meanings.values())
+
+
+def test_help_of_train_lists_its_groups_in_at_most_45_lines():
+    groups = (settings.Data, settings.Model, settings.Training, settings.Machine)
+    meanings, text = help_of(train.main)
+    assert list(meanings) == names_of(*groups) and len(meanings) <= 45
+    assert text.startswith(train.__doc__.strip())
+    assert all(f"\n{group.__name__}\n" in text for group in groups)
+
+
+@pytest.mark.parametrize("module, own, foreign", [
+    (prepare, settings.Preparation, settings.Training),
+    (sample, settings.Sampling, settings.Tasks),
+    (eval_synthetic, settings.Tasks, settings.Sampling),
+    (analyze, settings.Analysis, settings.Tasks),
+    (bench, settings.Benchmark, settings.Tasks),
+])
+def test_help_of_a_script_lists_its_own_settings_only(module, own, foreign):
+    meanings, text = help_of(module.main)
+    assert text.startswith(module.__doc__.strip())
+    assert set(names_of(own)) <= set(meanings)
+    assert not set(names_of(foreign)) <= set(meanings)
+
+
+def test_help_lists_groups_and_single_settings_in_the_order_asked_for():
+    meanings, text = help_of(lambda argv: settings.load(argv, (settings.Machine, "seed"), "Usage."))
+    assert list(meanings) == ["device", "dtype", "compile", "seed"]
+    assert text.startswith("Usage.\n\nMachine\n  --device=auto ")
+
+
+def test_a_setting_of_another_script_is_accepted():
+    assert settings.load(["--gpu", "--seed=3"], (settings.Machine,)).gpu
 
 
 def test_values_are_read_as_their_settings_want_them(tmp_path):
-    (tmp_path / "c.py").write_text('"""A config."""\nn_layer = 3 * 2\nlearning_rate = 1  # an int\nmax_tokens = 1e9\nn_head = 2\n')
-    config = settings.load([str(tmp_path / "c.py"), "--n_head=4", "--overwrite", "--bias=true", "--compile", "--max_iters=1e3",
-                            "--start=a=b"])
-    assert (config.n_layer, config.learning_rate, config.max_tokens, config.n_head) == (6, 1.0, 1_000_000_000, 4)
-    assert (config.overwrite, config.bias, config.compile, config.max_iters, config.start) == (True, True, "true", 1000, "a=b")
+    (tmp_path / "c.py").write_text(
+        '"""A config."""\nn_layer = 3 * 2\nlearning_rate = 1  # an int\nmax_tokens = 1e9\nn_head = 2\n'
+        "max_iters = 2**4 // 3 - 1\nwarmup_iters = 6 / 3\nseed = 12345678901234567891\ncompile = True\n")
+    config = settings.load([str(tmp_path / "c.py"), "--n_head=4", "--overwrite", "--bias=true",
+                            "--eval_only=0", "--batch_size=1e3", "--start=a=b"])
+    assert (config.n_layer, config.learning_rate, config.max_tokens) == (6, 1.0, 1_000_000_000)
+    assert (config.max_iters, config.warmup_iters, config.n_head) == (4, 2, 4)
+    assert type(config.max_tokens) is type(config.warmup_iters) is int
+    assert type(config.learning_rate) is float and config.seed == 12345678901234567891
+    assert (config.overwrite, config.bias, config.eval_only) == (True, True, False)
+    assert (config.compile, config.batch_size, config.start) == ("true", 1000, "a=b")
+    assert settings.load(["--compile"]).compile == settings.load(["--compile=TRUE"]).compile == "true"
     assert config.origin["n_layer"].endswith("c.py:2") and config.origin["n_head"] == "command line"
+
+
+def test_a_config_knows_what_was_given_and_what_was_typed(tmp_path):
+    (tmp_path / "c.py").write_text("n_layer = 6\nn_head = 2\n")
+    config = settings.load([str(tmp_path / "c.py"), "--n_head=4"])
+    assert config.given("n_layer") and config.given("n_head") and not config.given("n_embd")
+    assert config.typed("n_head") and not config.typed("n_layer")
+    assert config.given_values(["n_layer", "n_embd"]) == {"n_layer": 6}
+    config.remember({"n_layer": 9, "n_embd": 99, "seed": 5}, ["n_layer", "n_embd", "dropout"])
+    assert (config.n_layer, config.n_embd, config.seed) == (6, 99, 1337)
+    assert str(config.error("n_layer=6 is too deep for dropout=0.0: add --n_embd=")) == (
+        "error: n_layer=6 is too deep for dropout=0.0: add --n_embd= "
+        f"(n_layer: {tmp_path}/c.py:1, dropout: default)")
+    assert config.checked(max, 1, 2) == 2
+    assert refusal(config.checked, int, "x").startswith("error: invalid literal")
 
 
 @pytest.mark.parametrize("args, expected", [
@@ -652,25 +724,56 @@ def test_values_are_read_as_their_settings_want_them(tmp_path):
     (["--n_layer=many"], "command line: n_layer=many: expected a whole number"),
     (["--n_layer=2.5"], "expected a whole number"),
     (["--bias=7"], "expected True or False"),
+    (["--learning_rate=nan"], "learning_rate=nan: expected a number"),
     (["--learning_rate"], "expected a number (write --learning_rate=...)"),
+    (["--start"], "expected text (write --start=...)"),
+    (["--task_lr=1e-3,2e-3"], "task_lr=1e-3,2e-3: expected a number"),
     (["--compile=perhaps"], "compile=perhaps: expected one of auto, true, false"),
     (["--pos=sinus"], "pos=sinus: expected one of rope, absolute, none"),
+    (["--marker=meta,blue"], "marker=meta,blue: expected one of meta, fresh, text, none"),
     (["--batch_size=0"], "batch_size=0 must be positive"),
+    (["--top_k=-1"], "top_k=-1 must be at least 0"),
+    (["--top_p=0"], "top_p=0.0 must be above 0 and at most 1"),
     (["--meta_rate=1.5"], "meta_rate=1.5 must be"),
     (["--meta_rate=0.001", "--block_size=64"], "meta_rate=0.001 puts no meta-token"),
     (["missing.py"], "no config file 'missing.py'"),
     (["bad_syntax.py"], "bad_syntax.py:2: "),
     (["bad_line.py"], "bad_line.py:1: a config file holds assignments only"),
+    (["bad_target.py"], "bad_target.py:1: a config file holds assignments only"),
     (["bad_call.py"], "bad_call.py:1: "),
     (["bad_key.py"], "bad_key.py:2: unknown setting 'n_layers' (did you mean n_layer?)"),
     (["bad_type.py"], "bad_type.py:1: n_head=a dozen: expected a whole number"),
 ])
 def test_bad_settings_are_refused_in_one_line(tmp_path, monkeypatch, args, expected):
     monkeypatch.chdir(tmp_path)
-    for name, text in {"bad_syntax": "n_layer = 1\nn_head = (", "bad_line": "import os", "bad_call": "n_layer = open('x')",
-                       "bad_key": "n_head = 2\nn_layers = 3", "bad_type": "n_head = 'a dozen'"}.items():
+    for name, text in {
+        "bad_syntax": "n_layer = 1\nn_head = (", "bad_line": "import os",
+        "bad_target": "n_layer = n_head = 2", "bad_call": "n_layer = open('x')",
+        "bad_key": "n_head = 2\nn_layers = 3", "bad_type": "n_head = 'a dozen'",
+    }.items():
         (tmp_path / f"{name}.py").write_text(text)
     assert expected in refusal(settings.load, args)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("seed = 9**9**9", "c.py:1: seed: write a plain value, or arithmetic"),
+    ("seed = 10**20 * 10**20", "c.py:1: seed: write a plain value, or arithmetic"),
+    ("seed = 2 / 0", "c.py:1: seed: write a plain value, or arithmetic"),
+    ("seed = (-8)**0.5", "c.py:1: seed="),
+    ("start = 'a' * 10**10", "c.py:1: start: write a plain value, or arithmetic"),
+    ("start = ['a'] * 10**10", "c.py:1: start: write a plain value, or arithmetic"),
+    ("seed = " + "1 + " * 50_000 + "1", "c.py"),
+    ("seed = " + "(" * 50_000, "c.py"),
+    ("seed = " + "9" * 10_000, "c.py"),
+    ("seed = 1\0", "c.py"),
+    ("# " + "a" * 1_000_000, "c.py: a config file has at most 1,000,000 characters"),
+], ids=range(11))
+def test_a_config_file_that_asks_for_too_much_is_refused_at_once(tmp_path, monkeypatch, text, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.py").write_text(text)
+    start = time.perf_counter()
+    assert expected in refusal(settings.load, ["c.py"])
+    assert time.perf_counter() - start < 2
 
 
 @pytest.mark.parametrize("name", ["train", "eval_synthetic", "sample", "analyze", "bench"])
@@ -684,8 +787,10 @@ class AtTorch:
             os._exit(0)
 sys.meta_path.insert(0, AtTorch())
 import {name}"""
-    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"} | {"PYTHONPATH": HERE}
-    assert subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True).stdout == "1000\n"
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment | {"PYTHONPATH": HERE},
+                            capture_output=True, text=True)
+    assert result.stdout == "1000\n"
 
 
 # --------------------------------------------------------------------------------------

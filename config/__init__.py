@@ -15,13 +15,13 @@ import re
 import sys
 from dataclasses import dataclass, field, fields
 
-# OpenMP reads this as torch is loaded: import config first. OpenMP's threads spin while
-# they wait for each other. With its default, a long spin, another process that kept one
-# of two cores busy slowed training down 30 times.
+# OpenMP reads this when torch is loaded: import config before torch. Threads that wait
+# for one another spin, by default for long. That slowed training down 30 times while
+# another process kept one of two cores busy.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 NOT_NEGATIVE, POSITIVE = "at least 0", "positive"
-SHARE, PROBABILITY = "at least 0 and below 1", "above 0 and at most 1"
+BELOW_ONE, UP_TO_ONE = "at least 0 and below 1", "above 0 and at most 1"
 
 
 def setting(default, meaning, allowed=NOT_NEGATIVE):
@@ -34,15 +34,15 @@ class Data:
     dataset: str = setting("c4_meta", "name of the data set: the folder data/<dataset>/")
     source: str = setting("allenai/c4:en", "'stdlib' (Python's own), files, folders or globs "
                           "(comma-separated), or Hugging Face's name[:config]")
-    tokenizer: str = setting("gpt2", "GPT-2's BPE, or 256 bytes", ("gpt2", "bytes"))
-    meta_rate: float = setting(0.1, "meta-tokens as a share of all tokens; 0: plain text", SHARE)
-    meta_placement: str = setting("random", "where meta-tokens go", ("random", "periodic"))
+    tokenizer: str = setting("gpt2", "BPE of 50,257 tokens, or bytes", ("gpt2", "bytes"))
+    meta_rate: float = setting(0.1, "share of meta-tokens; 0: plain text", BELOW_ONE)
+    meta_placement: str = setting("random", "places of meta-tokens in a block", ("random", "periodic"))
 
 
 @dataclass
 class Preparation:
     text_field: str = setting("text", "column with the text (.jsonl, .parquet, Hugging Face)")
-    val_fraction: float = setting(0.0005, "share of documents held out for validation", SHARE)
+    val_fraction: float = setting(0.0005, "share of documents held out for validation", BELOW_ONE)
     max_tokens: int = setting(0, "stop after this many text tokens; 0: read the whole source")
     workers: int = setting(0, "processes that tokenize or draw examples; 0: one per core")
     verify: bool = setting(False, "only check the prepared files against their checksums")
@@ -54,13 +54,13 @@ class Model:
     n_layer: int = setting(12, "transformer blocks", POSITIVE)
     n_head: int = setting(12, "heads of attention, and of meta-attention", POSITIVE)
     n_embd: int = setting(768, "width of the residual stream", POSITIVE)
-    dropout: float = setting(0.0, "probability of dropping a value", SHARE)
+    dropout: float = setting(0.0, "probability of dropping a value", BELOW_ONE)
     bias: bool = setting(False, "biases in Linear and LayerNorm, as in GPT-2")
     pos: str = setting("rope", "positions; absolute: learned", ("rope", "absolute", "none"))
     rope_base: float = setting(10000.0, "base of RoPE's wavelengths", POSITIVE)
-    yarn_scale: float = setting(1.0, "YaRN: new window / original window; 1: plain RoPE")
-    beta_fast: float = setting(32.0, "YaRN keeps frequencies with more turns per original window")
-    beta_slow: float = setting(1.0, "YaRN divides frequencies with fewer turns by yarn_scale")
+    yarn_scale: float = setting(1.0, "YaRN: new window / old window; 1: plain RoPE")
+    beta_fast: float = setting(32.0, "YaRN keeps frequencies of more turns in the old window")
+    beta_slow: float = setting(1.0, "YaRN divides frequencies of fewer turns by yarn_scale")
     meta_attention: bool = setting(True, "a second attention in each block, among meta-tokens")
     zero_meta_pos: bool = setting(False, "no positions at meta-tokens (the paper's No Pos)")
     zero_meta_embd: bool = setting(False, "no embeddings at meta-tokens (the paper's No embed)")
@@ -71,9 +71,7 @@ class Training:
     init_from: str = setting("scratch", "'scratch', 'resume', a checkpoint (file or folder), or "
                              "'gpt2', 'gpt2-medium', ...")
     out_dir: str = setting("out", "folder for checkpoints, log.jsonl and loss.png")
-    overwrite: bool = setting(False, "replace what is there already")
     max_iters: int = setting(200_000, "optimizer steps")
-    max_minutes: float = setting(0.0, "time limit, which the learning rate follows; 0: none")
     batch_size: int = setting(12, "sequences in a micro-batch", POSITIVE)
     gradient_accumulation_steps: int = setting(40, "micro-batches in a step, over all processes",
                                                POSITIVE)
@@ -82,15 +80,15 @@ class Training:
     warmup_iters: int = setting(2000, "steps of linear warm-up")
     lr_decay_iters: int = setting(0, "step that reaches min_lr; 0: max_iters")
     weight_decay: float = setting(0.1, "AdamW: decay of weight matrices")
-    beta1: float = setting(0.9, "AdamW: decay of the gradient's running mean", SHARE)
-    beta2: float = setting(0.95, "AdamW: decay of the running mean of its square", SHARE)
+    beta1: float = setting(0.9, "AdamW: decay of the running mean of gradients", BELOW_ONE)
+    beta2: float = setting(0.95, "AdamW: decay of the running mean of their squares", BELOW_ONE)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: no limit")
-    log_interval: int = setting(10, "steps from one line of the log to the next", POSITIVE)
-    eval_interval: int = setting(1000, "steps from one evaluation and checkpoint to the next",
-                                 POSITIVE)
-    eval_tokens: int = setting(2_457_600, "text tokens in an evaluation, always the same ones",
-                               POSITIVE)
+    log_interval: int = setting(10, "steps between lines of the log", POSITIVE)
+    eval_interval: int = setting(1000, "steps between evaluations, and checkpoints", POSITIVE)
     eval_only: bool = setting(False, "evaluate once and exit")
+    eval_tokens: int = setting(2_457_600, "text tokens to evaluate on: the first ones", POSITIVE)
+    max_minutes: float = setting(0.0, "time limit, which the learning rate follows; 0: none")
+    overwrite: bool = setting(False, "replace what is there already")
     seed: int = setting(1337, "of data order, initial weights, meta-tokens and sampling")
 
 
@@ -104,13 +102,12 @@ class Machine:
 
 @dataclass
 class Sampling:
-    start: str = setting("", "prompt; FILE:prompt.txt reads a file, - standard input")
+    start: str = setting("", "prompt, FILE:prompt.txt, or - for standard input; empty: none")
     num_samples: int = setting(1, "continuations to draw", POSITIVE)
     max_new_tokens: int = setting(300, "text tokens in each continuation", POSITIVE)
     temperature: float = setting(0.8, "0: always the likeliest token")
-    top_k: int = setting(200, "draw from the k likeliest tokens; 0: from all")
-    top_p: float = setting(1.0, "draw from the likeliest tokens that share this probability",
-                           PROBABILITY)
+    top_k: int = setting(200, "draw from the k likeliest; 0: from all")
+    top_p: float = setting(1.0, "draw from the likeliest, of this total probability", UP_TO_ONE)
     stream: bool = setting(False, "print each token as soon as it is drawn")
     show_meta: bool = setting(False, "print meta-tokens as <|meta|>")
 
@@ -124,19 +121,17 @@ class Tasks:
     marker: str = setting("meta", "mark; fresh: a new token, text: #; several: comma-separated",
                           ("meta", "fresh", "text", "none"))
     add_meta: bool = setting(False, "add meta-tokens and meta-attention to a model without them")
-    train_length: int = setting(1024, "largest training length, in tokens, of 64, 128, ...",
-                                POSITIVE)
-    eval_lengths: str = setting("128,256,512,1024,2048", "test lengths: examples have at most so "
-                                "many tokens, and over half as many")
+    train_length: int = setting(1024, "train at 64, 128, ... up to this many tokens", POSITIVE)
+    eval_lengths: str = setting("128,256,512,1024,2048", "lengths of test examples, in tokens")
     rows: str = setting("all", "full, no_pos, no_pos_meta, no_embed, no_meta_attention, no_meta "
                         "(comma-separated), or 'all'")
     label: str = setting("", "name in results and figures; empty: from init_from and marker")
     phase_steps: int = setting(1125, "steps at each training length", POSITIVE)
     task_batch_size: int = setting(16, "examples in a step", POSITIVE)
-    task_lr: float = setting(3e-4, "peak learning rate; smaller models need a higher one", POSITIVE)
+    task_lr: float = setting(3e-4, "peak learning rate, for the paper's model; a smaller one "
+                             "needs a higher rate", POSITIVE)
     task_warmup: int = setting(100, "steps of linear warm-up; at most a tenth of the run")
-    val_interval: int = setting(250, "steps from one validation and checkpoint to the next",
-                                POSITIVE)
+    val_interval: int = setting(250, "steps between validations, and checkpoints", POSITIVE)
     val_examples: int = setting(256, "validation examples, of train_length", POSITIVE)
     test_examples: int = setting(2000, "test examples of each length", POSITIVE)
     stop_solved: bool = setting(False, "stop as soon as validation is solved")
@@ -183,7 +178,7 @@ class Config(*ALL_GROUPS):
                 setattr(self, name, saved[name])
 
     def error(self, message):
-        """SystemExit with the message, and where each setting in it (`name=`) was set."""
+        """SystemExit that also says where each setting in it (`name=`) was set."""
         names = dict.fromkeys(re.findall(r"(?<![-\w])(\w+)=", str(message)))
         where = [f"{n}: {self.origin.get(n, 'default')}" for n in names if n in SETTINGS]
         return SystemExit(f"error: {message}" + (f" ({', '.join(where)})" if where else ""))
@@ -231,10 +226,11 @@ def load(argv=None, groups=ALL_GROUPS, usage=__doc__):
         if argument in ("-h", "--help"):
             print(help_text(groups, usage))
             raise SystemExit(0)
-        if argument.startswith("--"):
-            read_argument(config, argument)
-        else:
+        if not argument.startswith("--"):
             read_file(config, argument)
+            continue
+        name, equals, text = argument.removeprefix("--").partition("=")
+        assign(config, name, text if equals else True, "command line")
     check(config)
     return config
 
@@ -256,17 +252,8 @@ def help_line(declared):
     return f"  {assignment:<33}  {meaning}{choices}"
 
 
-def read_argument(config, argument):
-    """Take one --name=value, or a bare --name for True."""
-    name, equals, value = argument.removeprefix("--").partition("=")
-    kind, where = kind_of(name, "command line"), "command line"
-    if not equals and kind is not bool and name != "compile":
-        raise refusal(where, f"{name}: expected {KINDS[kind]} (write --{name}=...)")
-    assign(config, name, value if equals else True, where)
-
-
 def read_file(config, path):
-    """Take the assignments of a config file, without running it."""
+    """Take the assignments of a config file. Nothing in it is run."""
     for node in parse(path):
         where = f"{path}:{node.lineno}"
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -292,10 +279,8 @@ def parse(path):
         return ast.parse(text).body
     except SyntaxError as e:
         raise refusal(f"{path}:{e.lineno}", e.msg) from None
-    except OSError:
+    except (OSError, ValueError, RecursionError, MemoryError):
         raise refusal(f"no config file '{path}'", "settings are written --name=value") from None
-    except (ValueError, RecursionError, MemoryError):
-        raise refusal(path, "not a config file") from None
 
 
 def evaluate(node):
@@ -312,38 +297,35 @@ def evaluate(node):
     return operation(left, right)
 
 
-def kind_of(name, where):
-    if name in SETTINGS:
-        return SETTINGS[name].type
-    close = difflib.get_close_matches(name, SETTINGS, n=1)
-    hint = f"did you mean {close[0]}?" if close else "--help lists them"
-    raise refusal(where, f"unknown setting '{name}' ({hint})")
-
-
 def assign(config, name, value, where):
-    kind = kind_of(name, where)
+    if name not in SETTINGS:
+        close = difflib.get_close_matches(name, SETTINGS, n=1)
+        hint = f"did you mean {close[0]}?" if close else "--help lists them"
+        raise refusal(where, f"unknown setting '{name}' ({hint})")
+    if name == "compile":
+        value = str(value).lower()  # a config file may say True
+    kind = SETTINGS[name].type
     try:
         setattr(config, name, convert(value, kind))
     except ValueError:
-        raise refusal(where, f"{name}={value}: expected {KINDS[kind]}") from None
+        hint = f" (write --{name}=...)" if value is True else ""
+        raise refusal(where, f"{name}={value}: expected {KINDS[kind]}{hint}") from None
     config.origin[name] = where
 
 
 def convert(value, kind):
     """The value as the kind of its setting. From the command line it comes as text."""
     text = str(value)
-    if kind is str and isinstance(value, (str, bool)):  # compile = True
+    if kind is str and isinstance(value, str):
         return text
     if kind is bool and text.lower() in BOOLEANS:
         return BOOLEANS[text.lower()]
     if kind is int and text.lstrip("+-").isdecimal():
         return int(text)
-    if kind in (int, float):
-        number = float(text)
-        if kind is float and math.isfinite(number):
-            return number
-        if kind is int and number.is_integer():  # 1e9
-            return int(number)
+    if kind is int and float(text).is_integer():  # 1e9
+        return int(float(text))
+    if kind is float and math.isfinite(float(text)):
+        return float(text)
     raise ValueError
 
 
@@ -353,7 +335,6 @@ def refusal(where, message):
 
 def check(config):
     """Refuse values that no script can use. GPTConfig checks the architecture."""
-    config.compile = config.compile.lower()
     for name, declared in SETTINGS.items():
         value, allowed = getattr(config, name), declared.metadata["allowed"]
         if isinstance(allowed, tuple):
@@ -369,6 +350,6 @@ def check(config):
 
 
 def in_range(value, allowed):
-    ranges = {NOT_NEGATIVE: value >= 0, POSITIVE: value > 0, SHARE: 0 <= value < 1,
-              PROBABILITY: 0 < value <= 1}
+    ranges = {NOT_NEGATIVE: value >= 0, POSITIVE: value > 0, BELOW_ONE: 0 <= value < 1,
+              UP_TO_ONE: 0 < value <= 1}
     return ranges[allowed]

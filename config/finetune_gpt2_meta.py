@@ -1,4 +1,4 @@
-"""OpenAI's GPT-2 (124M) with meta-tokens and meta-attention added, trained on for 1B tokens."""
+"""OpenAI's GPT-2 (124M) with added meta-tokens and meta-attention, 1B more tokens."""
 init_from = "gpt2"
 dataset = "c4_meta_1b"
 source = "allenai/c4:en"

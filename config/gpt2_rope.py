@@ -1,4 +1,4 @@
-"""GPT-2 with RoPE on plain text: what the paper's model is without meta-tokens, 124M parameters."""
+"""GPT-2 with RoPE on plain text: the paper's without meta-tokens, 124M parameters."""
 dataset = "c4"
 source = "allenai/c4:en"
 max_tokens = 99e9

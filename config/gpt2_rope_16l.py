@@ -1,4 +1,7 @@
-"""The parameter-matched control: GPT-2 with RoPE and 16 layers has the 152M parameters of 12 layers with meta-attention."""
+"""The parameter-matched control: GPT-2 with RoPE and 16 layers on plain text.
+
+Its 152M parameters are those of 12 layers with meta-attention.
+"""
 dataset = "c4"
 source = "allenai/c4:en"
 max_tokens = 99e9

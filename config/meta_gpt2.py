@@ -1,6 +1,7 @@
-"""The paper's model: GPT-2 with meta-tokens, meta-attention and RoPE, 152M parameters, 98B tokens of C4.
+"""The paper's model: GPT-2 with meta-tokens, meta-attention and RoPE, 152M parameters.
 
-These are the defaults, written out, and a limit to what is prepared. Eight GPUs: 12 sequences x 5 micro-batches x 8.
+It reads 98B tokens of C4. These are the defaults, written out, and max_tokens. On eight
+GPUs, each takes 5 micro-batches of 12 sequences in a step: 480 in all.
 """
 dataset = "c4_meta"
 source = "allenai/c4:en"

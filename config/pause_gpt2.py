@@ -1,4 +1,7 @@
-"""Meta-tokens in the data but no meta-attention, as pause tokens (Goyal et al. 2024): what does the attention add?"""
+"""Meta-tokens without meta-attention, as pause tokens (Goyal et al. 2024).
+
+The comparison shows what meta-attention adds.
+"""
 dataset = "c4_meta"
 source = "allenai/c4:en"
 max_tokens = 89e9

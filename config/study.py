@@ -1,5 +1,5 @@
-"""The models of README's study: so small that two cores pre-train one in ten minutes, and tune it in as many."""
-dataset = "study_meta"          # results/study.sh names the others: plain text, no meta-attention, one layer more
+"""The models of the study, small enough that two cores pre-train one in ten minutes."""
+dataset = "study_meta"          # results/study.sh names the other models' data
 source = "stdlib"
 tokenizer = "bytes"
 val_fraction = 0.05
@@ -16,10 +16,10 @@ warmup_iters = 100
 log_interval = 100
 eval_interval = 1000
 eval_tokens = 65_536
-train_length = 256              # the window; what is measured beyond it was never trained on
+train_length = 256              # the window; longer tests are beyond all training
 eval_lengths = "128,192,256,384,512"
 phase_steps = 1000
 task_lr = 2e-3
 val_interval = 200
 test_examples = 400
-dtype = "float32"               # the results' own; bfloat16 is 1.1x as fast at this width on a processor that has it
+dtype = "float32"               # what the results were measured in

@@ -1,5 +1,5 @@
-"""The study's models at a size for one GPU: GPT-2's BPE, recall within 512 tokens and measured up to 1024."""
-dataset = "study_gpu_meta"      # results/study.sh names the others, and takes --source= for more text than the standard library's
+"""The study's models at a size for one GPU: GPT-2's BPE, tests up to 1024 tokens."""
+dataset = "study_gpu_meta"      # results/study.sh takes --source= for more text
 source = "stdlib"
 val_fraction = 0.02
 block_size = 512

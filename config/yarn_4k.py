@@ -1,8 +1,11 @@
-"""Extends a trained meta_gpt2 from 1024 to 4096 tokens by YaRN, and trains it on for 400 steps, as YaRN's authors do."""
+"""Extends a trained meta_gpt2 from 1024 to 4096 tokens by YaRN.
+
+It trains on for 400 steps, as YaRN's authors do.
+"""
 init_from = "out/meta_gpt2"
 dataset = "c4_meta_4k"
 source = "allenai/c4:en"
-max_tokens = 1.2e9              # so many that what meta_gpt2 held out of them is enough to validate on
+max_tokens = 1.2e9              # enough to include text that meta_gpt2 held out
 out_dir = "out/yarn_4k"
 block_size = 4096
 yarn_scale = 4
