@@ -482,7 +482,7 @@ def test_a_step_of_generation_is_one_graph_that_is_the_same_every_time(monkeypat
 
     def compute(self, new, n_meta):
         is_step = n_meta is not None and new.size(1) <= 2
-        return (compiled if is_step else eager)(self, new.clone(), n_meta)
+        return (compiled if is_step else eager)(self, new.clone(memory_format=torch.contiguous_format), n_meta)
 
     model, prompt = build(block_size=16, n_layer=1), text_with_meta((3,), 9)
     expected = model.generate(prompt, 60, meta_rate=0.25, seed=1)  # past the window

@@ -202,7 +202,8 @@ def check_start(config, world):
 
 def check_meta_tokens(config):
     if config.meta_attention and config.meta_rate == 0:
-        raise config.error("meta_attention=True needs meta-tokens, but meta_rate=0")
+        raise config.error(f"meta_attention={config.meta_attention} needs meta-tokens, but "
+                           f"meta_rate={config.meta_rate}")
 
 
 def new_model_config(config, text_vocab_size):
@@ -386,6 +387,7 @@ def train(config):
             progress.evaluated = step
             write_evaluation(log, progress, val_loss, is_best)
             save(machine, config, raw_model, optimizer, scaler, progress, is_best)
+            log.draw()
             speed.restart(step)
         if done:
             break
@@ -467,7 +469,6 @@ def write_evaluation(log, progress, val_loss, is_best):
     if is_best:
         line += ", the best so far"
     log.write(line, progress.step, val_loss=val_loss, minutes=progress.minutes)
-    log.draw()
 
 
 def check_finite(loss, norm, scaler, step, lr, out_dir):
