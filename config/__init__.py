@@ -36,7 +36,7 @@ class Data:
                           "(comma-separated), or Hugging Face's name[:config]")
     tokenizer: str = setting("gpt2", "BPE of 50,257 tokens, or bytes", ("gpt2", "bytes"))
     meta_rate: float = setting(0.1, "share of meta-tokens; 0: plain text", BELOW_ONE)
-    meta_placement: str = setting("random", "places of meta-tokens in a block", ("random", "periodic"))
+    meta_placement: str = setting("random", "their places in a block", ("random", "periodic"))
 
 
 @dataclass
