@@ -1,6 +1,6 @@
 """Continue a prompt with a trained model.
 
-    python sample.py                                          # from the checkpoint in out/
+    python sample.py                                       # from the checkpoint in out/
     python sample.py --start="def main(" --stream --show_meta
     python sample.py --init_from=gpt2 --start=FILE:prompt.txt --num_samples=3
 
@@ -212,7 +212,7 @@ class KVCache:
         return self.slots
 
     def update(self, layer, k, v):
-        """Store k and v, (B, nh, n, hs). Returns the keys, values and mask to attend by."""
+        """Store k and v, (B, nh, n, hs). Return keys, values and mask to attend by."""
         self.k[layer].index_copy_(2, self.slots, k)
         self.v[layer].index_copy_(2, self.slots, v)
         if self.mask is None:
@@ -223,79 +223,112 @@ class KVCache:
 # --------------------------------------------------------------------------------------
 # The script
 
+GROUPS = (settings.Sampling, "init_from", "out_dir", "block_size", "yarn_scale", "meta_rate",
+          "meta_placement", "seed", "device", "dtype")
+
+
+def main(argv=None):
+    config = settings.load(argv, GROUPS, __doc__)
+    try:
+        run(config)
+    except KeyboardInterrupt:
+        raise SystemExit("") from None
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run(config):
+    machine = config.checked(Machine, config.device, config.dtype)
+    model, saved, _ = load_saved(config)
+    encoding = get_tokenizer(config.tokenizer)
+    config.remember(saved["settings"], ("meta_rate", "meta_placement"))
+    if model.config.meta_id is None and not config.typed("meta_rate"):
+        config.meta_rate = 0.0
+    prompt = make_prompt(config, model.config, encoding)
+    n_new = (config.max_new_tokens - 1) / (1 - config.meta_rate)  # the last is not fed
+    if len(prompt) + n_new > model.config.block_size:
+        print(f"[longer than the window of {model.config.block_size} tokens: each time it is "
+              "full, generation goes on from its last half]", file=sys.stderr)
+
+    model.to(machine.device, machine.dtype).eval()
+    for i, tokens in enumerate(draw(model, prompt, machine.device, config)):
+        if i > 0:
+            print("-" * 40)
+        print_tokens(tokens, encoding, config.show_meta)
+
+
+def draw(model, prompt, device, config):
+    """Yield the tokens of each sample: the prompt's, and what follows."""
+    idx = torch.tensor(prompt, device=device).unsqueeze(0)                 # (1, T)
+    options = {"temperature": config.temperature, "top_k": config.top_k,
+               "top_p": config.top_p, "meta_rate": config.meta_rate}
+    if not config.stream:
+        idx = idx.repeat(config.num_samples, 1)                            # (B, T)
+        idx = model.generate(idx, config.max_new_tokens, seed=config.seed, **options)
+        yield from idx.tolist()
+        return
+    for seed in range(config.seed, config.seed + config.num_samples):
+        new = stream(model, idx, config.max_new_tokens, seed=seed, **options)
+        yield itertools.chain(prompt, (token.item() for token in new))
+
+
+def print_tokens(tokens, encoding, show_meta):
+    """Print each token as it comes. A character of several waits for its last one."""
+    characters = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        text = ""
+        if token < encoding.eot_token:
+            text = characters.decode(encoding.decode_single_token_bytes(token))
+        elif show_meta:
+            text = decode(encoding, [token], show_meta=True)
+        print(text, end="", flush=True)
+    print(characters.decode(b"", final=True))
+
+
+def make_prompt(config, model_config, encoding):
+    """The prompt's tokens, with meta-tokens. Raises SystemExit if they do not fit."""
+    if config.meta_rate > 0 and model_config.meta_id is None:
+        raise config.error(f"meta_rate={config.meta_rate}, but the model has no meta-tokens")
+    text = read_start(config)
+    prompt = [encoding.eot_token] if text is None else encoding.encode_ordinary(text)
+    if config.meta_rate > 0:
+        prompt = inject_prompt(prompt, config, model_config.meta_id).tolist()
+    if model_config.pos == "absolute" and len(prompt) > model_config.block_size:
+        raise config.error(f"the prompt has {len(prompt)} tokens, but the model has learned "
+                           f"positions for {model_config.block_size}: shorten it")
+    return prompt
+
+
 def read_start(config):
-    """The prompt's text. Raises SystemExit if there is none."""
+    """The prompt's text, or None without --start. Raises SystemExit if it is none."""
     if not config.given("start"):
         return None
     text = config.start
-    if text == "-":
-        text = sys.stdin.read()
-    elif text.startswith("FILE:"):
-        try:
-            with open(text[5:], encoding="utf-8") as file:
+    try:
+        if config.start == "-":
+            text = sys.stdin.read()
+        elif config.start.startswith("FILE:"):
+            with open(config.start.removeprefix("FILE:"), encoding="utf-8") as file:
                 text = file.read()
-        except (OSError, UnicodeDecodeError) as e:
-            raise config.error(f"start={config.start}: {getattr(e, 'strerror', None) or 'not UTF-8 text'}") from None
+    except UnicodeDecodeError:
+        raise config.error(f"start={config.start}: not UTF-8 text") from None
+    except OSError as e:
+        raise config.error(f"start={config.start}: {e.strerror}") from None
     if not text:
-        raise config.error(f"start={config.start}: an empty prompt; leave it out for a start of our own")
+        raise config.error(f"start={config.start}: an empty prompt; leave it out to begin a "
+                           "new document")
     return text
 
 
 def inject_prompt(tokens, config, meta_id):
     """A prompt with meta-tokens as in the training data."""
     n_meta = meta_per_block(config.meta_rate, config.block_size)
-    blocks = -(-len(tokens) // (config.block_size - n_meta))
-    places = meta_places(blocks, config.block_size, n_meta, np.random.default_rng(config.seed), config.meta_placement).ravel()
-    end = np.flatnonzero(~places)[len(tokens) - 1] + 1
+    n_blocks = math.ceil(len(tokens) / (config.block_size - n_meta))
+    rng = np.random.default_rng(config.seed)
+    places = meta_places(n_blocks, config.block_size, n_meta, rng, config.meta_placement)
+    places = places.ravel()                                                # (blocks * T,)
+    end = np.flatnonzero(~places)[len(tokens) - 1] + 1          # behind the last token
     return inject(np.array(tokens), places[:end], meta_id)
-
-
-def run(config):
-    machine = config.checked(Machine, config.device, config.dtype)
-    device, dtype = machine.device, machine.dtype
-    model, saved, _ = load_saved(config)
-    config.remember(saved["settings"], ("meta_rate", "meta_placement"))
-    if model.config.meta_id is None and config.meta_rate > 0:
-        if config.typed("meta_rate"):
-            raise config.error(f"meta_rate={config.meta_rate}, but the model has no meta-tokens")
-        config.meta_rate = 0.0
-    encoding, text = get_tokenizer(config.tokenizer), read_start(config)
-    prompt = [encoding.eot_token] if text is None else encoding.encode_ordinary(text)
-    if config.meta_rate > 0:
-        prompt = inject_prompt(prompt, config, model.config.meta_id)
-    if model.config.pos == "absolute" and len(prompt) > model.config.block_size:
-        raise config.error(f"the prompt has {len(prompt)} tokens, but the model has learned positions for "
-                           f"{model.config.block_size}: shorten it")
-
-    model.to(device, dtype).eval()
-    prompt = torch.tensor(np.array(prompt), device=device).unsqueeze(0)
-    options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "meta_rate": config.meta_rate,
-               "seed": config.seed}
-    if prompt.size(1) + (config.max_new_tokens - 1) / (1 - config.meta_rate) > model.config.block_size:
-        print(f"[longer than the window of {model.config.block_size} tokens: each time it is full, generation goes on from its last half]",
-              file=sys.stderr)
-    if not config.stream:
-        for i, tokens in enumerate(model.generate(prompt.repeat(config.num_samples, 1), config.max_new_tokens, **options)):
-            print(("-" * 40 + "\n" if i else "") + decode(encoding, tokens.tolist(), config.show_meta))
-        return
-    for i in range(config.num_samples):
-        print(("-" * 40 + "\n" if i else "") + decode(encoding, prompt[0].tolist(), config.show_meta), end="", flush=True)
-        bytes_to_text = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
-        for token in stream(model, prompt, config.max_new_tokens, **options | {"seed": config.seed + i}):
-            if token.item() < encoding.eot_token:
-                print(bytes_to_text.decode(encoding.decode_single_token_bytes(token.item())), end="", flush=True)
-            elif config.show_meta:
-                print(decode(encoding, [token.item()], show_meta=True), end="", flush=True)
-        print(bytes_to_text.decode(b"", final=True))
-
-
-def main(argv=None):
-    try:
-        run(settings.load(argv))
-    except KeyboardInterrupt:
-        raise SystemExit("") from None
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

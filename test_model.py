@@ -615,8 +615,8 @@ def test_every_config_describes_a_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = settings.load([path])
     name = os.path.basename(path).removesuffix(".py")
-    few_processes = {"study": (1,), "study_gpu": (1,), "quickstart": (1, 2), "meta_gpt2_h100": (1, 2)}
-    for world in few_processes.get(name, (1, 2, 8)):
+    few = {"study": (1,), "study_gpu": (1,), "quickstart": (1, 2), "meta_gpt2_h100": (1, 2)}
+    for world in few.get(name, (1, 2, 8)):
         train.check_start(config, world)
     if config.init_from == "scratch":
         with torch.device("meta"):
@@ -624,7 +624,8 @@ def test_every_config_describes_a_run(path, tmp_path, monkeypatch):
             n = GPT(train.new_model_config(config, text_vocab_size)).num_params() / 1e6
         like = {"meta_gpt2_h100": "meta_gpt2"}.get(name, name)  # README has the millions
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-            assert f"{n:.1f}" == re.search(rf"^\| `{like}` \|.*\| ([\d.]+)M \|$", file.read(), re.M)[1]
+            row = re.search(rf"^\| `{like}` \|.*\| ([\d.]+)M \|$", file.read(), re.M)
+        assert f"{n:.1f}" == row[1]
 
 
 def test_the_defaults_are_the_papers_run():
@@ -657,25 +658,21 @@ def test_help_lists_every_setting_with_its_meaning():
 
 
 def test_help_of_train_lists_its_groups_in_at_most_45_lines():
-    groups = (settings.Data, settings.Model, settings.Training, settings.Machine)
+    groups = (settings.Training, settings.Model, settings.Data, settings.Machine)
     meanings, text = help_of(train.main)
     assert list(meanings) == names_of(*groups) and len(meanings) <= 45
     assert text.startswith(train.__doc__.strip())
     assert all(f"\n{group.__name__}\n" in text for group in groups)
 
 
-@pytest.mark.parametrize("module, own, foreign", [
-    (prepare, settings.Preparation, settings.Training),
-    (sample, settings.Sampling, settings.Tasks),
-    (eval_synthetic, settings.Tasks, settings.Sampling),
-    (analyze, settings.Analysis, settings.Tasks),
-    (bench, settings.Benchmark, settings.Tasks),
+@pytest.mark.parametrize("module, expected", [
+    (sample, [*names_of(settings.Sampling), "init_from", "out_dir", "block_size", "yarn_scale",
+              "meta_rate", "meta_placement", "seed", "device", "dtype"]),
 ])
-def test_help_of_a_script_lists_its_own_settings_only(module, own, foreign):
+def test_help_of_a_script_lists_its_own_settings_only(module, expected):
     meanings, text = help_of(module.main)
     assert text.startswith(module.__doc__.strip())
-    assert set(names_of(own)) <= set(meanings)
-    assert not set(names_of(foreign)) <= set(meanings)
+    assert list(meanings) == expected
 
 
 def test_help_lists_groups_and_single_settings_in_the_order_asked_for():
@@ -690,8 +687,9 @@ def test_a_setting_of_another_script_is_accepted():
 
 def test_values_are_read_as_their_settings_want_them(tmp_path):
     (tmp_path / "c.py").write_text(
-        '"""A config."""\nn_layer = 3 * 2\nlearning_rate = 1  # an int\nmax_tokens = 1e9\nn_head = 2\n'
-        "max_iters = 2**4 // 3 - 1\nwarmup_iters = 6 / 3\nseed = 12345678901234567891\ncompile = True\n")
+        '"""A config."""\nn_layer = 3 * 2\nlearning_rate = 1  # an int\nmax_tokens = 1e9\n'
+        "n_head = 2\nmax_iters = 2**4 // 3 - 1\nwarmup_iters = 6 / 3\n"
+        "seed = 12345678901234567891\ncompile = True\n")
     config = settings.load([str(tmp_path / "c.py"), "--n_head=4", "--overwrite", "--bias=true",
                             "--eval_only=0", "--batch_size=1e3", "--start=a=b"])
     assert (config.n_layer, config.learning_rate, config.max_tokens) == (6, 1.0, 1_000_000_000)
@@ -700,7 +698,8 @@ def test_values_are_read_as_their_settings_want_them(tmp_path):
     assert type(config.learning_rate) is float and config.seed == 12345678901234567891
     assert (config.overwrite, config.bias, config.eval_only) == (True, True, False)
     assert (config.compile, config.batch_size, config.start) == ("true", 1000, "a=b")
-    assert settings.load(["--compile"]).compile == settings.load(["--compile=TRUE"]).compile == "true"
+    for argument in ("--compile", "--compile=TRUE"):
+        assert settings.load([argument]).compile == "true"
     assert config.origin["n_layer"].endswith("c.py:2") and config.origin["n_head"] == "command line"
 
 
@@ -768,7 +767,7 @@ def test_bad_settings_are_refused_in_one_line(tmp_path, monkeypatch, args, expec
     ("seed = 1\0", "c.py"),
     ("# " + "a" * 1_000_000, "c.py: a config file has at most 1,000,000 characters"),
 ], ids=range(11))
-def test_a_config_file_that_asks_for_too_much_is_refused_at_once(tmp_path, monkeypatch, text, expected):
+def test_a_config_file_that_asks_for_too_much_is_refused(tmp_path, monkeypatch, text, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.py").write_text(text)
     start = time.perf_counter()
@@ -1386,6 +1385,52 @@ def test_a_prompt_beyond_learned_positions_is_refused(prepared):
         build(pos="absolute")(torch.zeros(1, 65, dtype=torch.long))
     assert "block_size=64, but the checkpoint has learned positions for 32" in refusal(
         train.main, [*SMALL, "--init_from=out", "--out_dir=longer", "--block_size=64"])
+
+
+def test_samples_begin_with_the_prompt_and_are_the_same_streamed(prepared, capsys):
+    train.train(settings.load([*SMALL, "--max_iters=1"]))
+    arguments = ["--device=cpu", "--start=é ✓ ", "--max_new_tokens=20"]
+    capsys.readouterr()
+    for options in ([], ["--show_meta"], ["--temperature=0"], ["--meta_rate=0", "--top_k=3"]):
+        printed = []
+        for more in ([], ["--stream"], ["--num_samples=2"], ["--num_samples=2", "--stream"]):
+            sample.main([*arguments, *options, *more])
+            printed.append(capsys.readouterr().out)
+        one, streamed, two, two_streamed = printed
+        assert one == streamed and two_streamed.startswith(one)
+        assert one.replace("<|meta|>", "").startswith("é ✓ ")
+        assert two.count("\n" + "-" * 40 + "\n") == two_streamed.count("\n" + "-" * 40 + "\n") == 1
+        assert ("<|meta|>" in one) == (options == ["--show_meta"])
+    sample.main(["--device=cpu", "--show_meta", "--max_new_tokens=1"])
+    assert capsys.readouterr().out.startswith("<|endoftext|>")
+
+
+def test_a_character_is_printed_when_all_its_tokens_are_there(capsys):
+    encoding = prepare.get_tokenizer("bytes")
+    first, last = "é".encode()
+    tokens = [65, first, encoding.n_vocab, last, encoding.eot_token, first]
+    sample.print_tokens(tokens, encoding, show_meta=False)
+    sample.print_tokens(tokens, encoding, show_meta=True)
+    assert capsys.readouterr().out == "Aé\ufffd\nA<|meta|>é<|endoftext|>\ufffd\n"
+
+
+def test_bad_prompts_are_refused_in_one_line(workplace, monkeypatch):
+    config = settings.load([*SMALL, "--max_iters=1", "--meta_rate=0", "--meta_attention=False"])
+    prepare.prepare(config)
+    train.train(config)
+    with open("bytes.txt", "wb") as file:
+        file.write(b"\xff\xfe")
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    for argument, expected in [
+        ("--start=", "start=: an empty prompt"),
+        ("--start=-", "start=-: an empty prompt"),
+        ("--start=FILE:none.txt", "start=FILE:none.txt: No such file or directory"),
+        ("--start=FILE:bytes.txt", "start=FILE:bytes.txt: not UTF-8 text"),
+        ("--meta_rate=0.1", "meta_rate=0.1, but the model has no meta-tokens"),
+        ("--device=tpu", "device=tpu: expected cpu"),
+        ("--init_from=none.pt", "no checkpoint none.pt"),
+    ]:
+        assert expected in refusal(sample.main, ["--device=cpu", argument])
 
 
 # --------------------------------------------------------------------------------------
@@ -2180,6 +2225,10 @@ def test_quickstart_prepares_trains_samples(tmp_path):
         assert ("[longer than the window of 256 tokens" in result.stderr) == (n == 250)
         assert result.returncode == 0 and result.stdout.replace("<|meta|>", "").startswith("def main("), result.stderr
         assert ("<|meta|>" in result.stdout) == ("--show_meta" in args)
+    command = f"{sys.executable} {HERE}/sample.py --stream --max_new_tokens=60 | head -c 1"
+    head = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert head.returncode == 0 and "Traceback" not in head.stderr and len(head.stdout) == 1
     again = script("train.py", f"{HERE}/config/quickstart.py", cwd=tmp_path)
     assert again.returncode == 1 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
 

@@ -36,7 +36,7 @@ class Data:
                           "(comma-separated), or Hugging Face's name[:config]")
     tokenizer: str = setting("gpt2", "BPE of 50,257 tokens, or bytes", ("gpt2", "bytes"))
     meta_rate: float = setting(0.1, "share of meta-tokens; 0: plain text", BELOW_ONE)
-    meta_placement: str = setting("random", "places of meta-tokens in a block", ("random", "periodic"))
+    meta_placement: str = setting("random", "their places in a block", ("random", "periodic"))
 
 
 @dataclass
@@ -254,19 +254,20 @@ def help_line(declared):
 
 def read_file(config, path):
     """Take the assignments of a config file. Nothing in it is run."""
-    for node in parse(path):
-        where = f"{path}:{node.lineno}"
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            continue  # a docstring
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        if len(targets) != 1 or not isinstance(targets[0], ast.Name):
-            raise refusal(where, "a config file holds assignments only, such as n_layer = 12")
-        try:
-            value = evaluate(node.value)
-        except (ValueError, TypeError, ArithmeticError, RecursionError):
-            raise refusal(where, f"{targets[0].id}: write a plain value, or arithmetic on numbers "
-                          f"with results of at most {MAX_RESULT:.0e}") from None
-        assign(config, targets[0].id, value, where)
+    for statement in parse(path):
+        where = f"{path}:{statement.lineno}"
+        match statement:
+            case ast.Expr(ast.Constant()):
+                continue  # a docstring
+            case ast.Assign([ast.Name(name)], expression):
+                try:
+                    value = evaluate(expression)
+                except (ValueError, TypeError, ArithmeticError, RecursionError):
+                    raise refusal(where, f"{name}: write a plain value, or arithmetic on numbers "
+                                  f"with results of at most {MAX_RESULT:.0e}") from None
+                assign(config, name, value, where)
+            case _:
+                raise refusal(where, "a config file holds assignments only, such as n_layer = 12")
 
 
 def parse(path):
@@ -283,14 +284,14 @@ def parse(path):
         raise refusal(f"no config file '{path}'", "settings are written --name=value") from None
 
 
-def evaluate(node):
+def evaluate(expression):
     """The value of a literal, or of arithmetic on numbers, such as 5 * 8."""
-    if not isinstance(node, ast.BinOp):
-        return ast.literal_eval(node)
-    left, right = evaluate(node.left), evaluate(node.right)
-    if type(node.op) not in OPERATIONS or not {type(left), type(right)} <= {int, float}:
+    if not isinstance(expression, ast.BinOp):
+        return ast.literal_eval(expression)
+    left, right = evaluate(expression.left), evaluate(expression.right)
+    operation = OPERATIONS.get(type(expression.op))
+    if operation is None or not {type(left), type(right)} <= {int, float}:
         raise ValueError
-    operation = OPERATIONS[type(node.op)]
     estimate = operation(float(left), float(right))  # floats are quick: 9**9**9 overflows
     if not abs(estimate) <= MAX_RESULT:
         raise ValueError
