@@ -292,7 +292,7 @@ def evaluate(expression):
     operation = OPERATIONS.get(type(expression.op))
     if operation is None or not {type(left), type(right)} <= {int, float}:
         raise ValueError
-    estimate = operation(float(left), float(right))  # floats are quick: 9**9**9 overflows
+    estimate = operation(float(left), float(right))  # as floats 9**9**9 overflows at once
     if not abs(estimate) <= MAX_RESULT:
         raise ValueError
     return operation(left, right)
@@ -315,7 +315,7 @@ def assign(config, name, value, where):
 
 
 def convert(value, kind):
-    """The value as the kind of its setting. From the command line it comes as text."""
+    """The value as bool, int, float or str. The command line gives text, or True."""
     text = str(value)
     if kind is str and isinstance(value, str):
         return text
