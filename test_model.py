@@ -21,10 +21,10 @@ from concurrent.futures import Future
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
+import config as settings
 import analyze
 import bench
 import checkpoint
-import config as settings
 import eval_synthetic
 import prepare
 import sample

@@ -17,8 +17,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
-import checkpoint
 import config as settings
+import checkpoint
 import prepare
 from machine import Machine, Speed, StopRequest, duration
 from model import GPT, GPTConfig, pad_vocab
