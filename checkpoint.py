@@ -44,7 +44,7 @@ def load_trained(name, given):
                              "leave it out, or train from scratch")
     changes = {setting: given[setting] for setting in MAY_CHANGE if setting in given}
     window = model.config.block_size
-    if model.config.pos == "absolute" and changes.pop("block_size", window) > window:
+    if model.config.pos == "absolute" and changes.get("block_size", window) != window:
         raise ValueError(f"block_size={given['block_size']}, but the checkpoint has learned "
                          f"positions for {window}")
     return model.reconfigured(**changes), checkpoint
@@ -121,7 +121,7 @@ def keep_best(out_dir):
 
 
 def load_optimizer(optimizer, scaler, checkpoint):
-    """Take over the moments and the loss scale, but keep today's decay and betas."""
+    """Restore the moments and the loss scale, but keep today's decay and betas."""
     today = [{name: group[name] for name in ("weight_decay", "betas", "fused")}
              for group in optimizer.param_groups]
     optimizer.load_state_dict(checkpoint["optimizer"])
@@ -164,7 +164,10 @@ class Log:
     """log.jsonl, the lines on the terminal, and loss.png: of the first process."""
 
     def __init__(self, out_dir, step, text_per_step, is_on):
-        """Go on with the log in out_dir, up to a step, or begin one."""
+        """Continue the log in out_dir from a step on, or begin one.
+
+        text_per_step: text tokens in a step. is_on: False in all processes but one.
+        """
         self.path = os.path.join(out_dir, "log.jsonl")
         self.picture = os.path.join(out_dir, "loss.png")
         self.text_per_step = text_per_step
@@ -178,7 +181,7 @@ class Log:
         os.replace(self.path + ".tmp", self.path)
 
     def read(self, step):
-        """The entries up to a step. A line that a crash cut short is none."""
+        """The entries up to a step. A line that a crash cut short is skipped."""
         with open(self.path, encoding="utf-8") as file:
             entries = [json.loads(line) for line in file if line.endswith("}\n")]
         return [entry for entry in entries if entry["step"] <= step]

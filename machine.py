@@ -140,20 +140,28 @@ def processor():
 
 
 class Speed:
-    """Tokens a second since the last look, without evaluations and compilation."""
+    """Tokens a second since the last look, and MFU: their share of the peak FLOP/s.
 
-    def __init__(self, step, tokens_per_step):
+    Restart it after whatever should not count: an evaluation, a compilation.
+    """
+
+    def __init__(self, step, tokens_per_step, flops_per_token, peak_flops):
         self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops            # None if unknown
         self.restart(step)
 
     def restart(self, step):
         self.step, self.time = step, time.monotonic()
 
     def look(self, step):
+        """(tokens_per_s, mfu); mfu is None if the peak is unknown."""
         tokens = (step - self.step) * self.tokens_per_step
-        speed = tokens / (time.monotonic() - self.time)
+        tokens_per_s = tokens / (time.monotonic() - self.time)
         self.restart(step)
-        return speed
+        if self.peak_flops is None:
+            return tokens_per_s, None
+        return tokens_per_s, tokens_per_s * self.flops_per_token / self.peak_flops
 
 
 def duration(seconds):

@@ -4,7 +4,8 @@ What is notable, against GPT-2 and nanoGPT:
 - a meta-token: one learned token, scattered over the text, that is never a target
 - meta-attention: a second attention in every block, among meta-tokens alone. It runs
   on the gathered meta-tokens, so it costs next to nothing and needs no T x T mask
-- rotary positions (RoPE), extended to longer windows by YaRN; learned or none, too
+- rotary positions (RoPE), extended to longer windows by YaRN; learned positions, or
+  none, also work
 - "No Pos" and "No embed": positions or embeddings zeroed at meta-tokens
 
 sample.py generates from it, checkpoint.py loads and saves it, train.py trains it.
@@ -35,17 +36,17 @@ class GPTConfig:
     pos: str = "rope"                   # 'rope', 'absolute' (learned) or 'none'
     rope_base: float = 10000.0
     yarn_scale: float = 1.0             # YaRN's s: window / original window; 1: plain RoPE
-    original_block_size: int | None = None  # the window before YaRN; None: block_size
+    original_block_size: int | None = None  # the window before YaRN; None: this block_size
     beta_fast: float = 32.0             # YaRN: turns above which a frequency stays
     beta_slow: float = 1.0              # YaRN: turns below which it is divided by s
     meta_id: int | None = 50257         # None: a model without meta-tokens
     meta_attention: bool = True
-    zero_meta_pos: bool = False         # "No Pos": no position at meta-tokens
-    zero_meta_embd: bool = False        # "No embed": no input embedding at meta-tokens
+    zero_meta_pos: bool = False         # "No Pos": meta-tokens have no position
+    zero_meta_embd: bool = False        # "No embed": meta-tokens have no input embedding
     text_vocab_size: int | None = None  # ids below it may be sampled; None: those below meta_id
 
     def __post_init__(self):
-        if self.original_block_size is None:
+        if self.original_block_size is None:  # set it now: replace(block_size=...) keeps it
             self.original_block_size = self.block_size
         if self.text_vocab_size is None:
             self.text_vocab_size = self.vocab_size if self.meta_id is None else self.meta_id
@@ -63,7 +64,7 @@ class GPTConfig:
         if self.meta_id is None:
             return
         if not 0 < self.text_vocab_size <= self.meta_id < self.vocab_size:
-            raise ValueError(f"meta_id={self.meta_id} must lie behind the ids of text "
+            raise ValueError(f"meta_id={self.meta_id} must come after the ids of text "
                              f"(text_vocab_size={self.text_vocab_size}) and below "
                              f"vocab_size={self.vocab_size}")
 
@@ -81,7 +82,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.layer = layer
+        self.layer = layer                      # its place in a cache
 
     def forward(self, x, rope=None, cache=None):
         """x (B, T, C) -> (B, T, C). rope: cos and sin of the tokens' positions."""
@@ -93,7 +94,7 @@ class CausalSelfAttention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         mask = None
-        if cache is not None:
+        if cache is not None:  # all keys and values so far, and which of them to see
             k, v, mask = cache.update(self.layer, k, v)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None,
@@ -115,28 +116,30 @@ class MLP(nn.Module):
 
 
 class MetaTokens:
-    """Where a batch has its meta-tokens; takes their rows out, and adds rows to them.
+    """Where a batch has its meta-tokens: gathers their rows, and adds updates to them.
 
-    The paper (section 3) writes meta-attention over all T tokens:
+    The paper (section 3) writes meta-attention over all T tokens, with a causal mask M:
 
         softmax(Q K^T / sqrt(d_k) + M + P) V,   P[i, j] = 0 if i and j are meta-tokens,
                                                           -inf otherwise
 
-    Among the meta-tokens alone, in their order, M + P is just the causal mask. So we
-    gather their rows, run ordinary causal attention on those, and add the result back.
+    A text token's row of P is all -inf: it sees nothing, and we give it no update.
+    Among the meta-tokens, in their order, M + P is just a causal mask. So we gather
+    their rows, run ordinary causal attention on these, and add the result back.
     """
 
     def __init__(self, is_meta, n_meta):
-        """is_meta (B, T), bool; n_meta: at least the meta-tokens of any row."""
+        """is_meta (B, T), bool; n_meta: an upper bound on the meta-tokens of a row."""
         meta_first = (~is_meta).int().argsort(dim=1, stable=True)          # (B, T)
         self.index = meta_first[:, :n_meta]                                # (B, M)
         self.is_real = is_meta.gather(1, self.index)                       # (B, M)
+        self.rope = None                        # cos and sin at self.index, with RoPE
 
     def gather(self, x):
         """The rows of the meta-tokens: (B, T, C) -> (B, M, C).
 
-        A sequence with fewer than M of them gets rows of text at the end. Causality
-        hides these from the real rows, and `add` drops them.
+        A sequence with fewer than M of them is filled up with rows of text at the end.
+        Causality hides these from the real rows, and `add` drops them.
         """
         return x.gather(1, self.index.unsqueeze(-1).expand(-1, -1, x.size(-1)))
 
@@ -158,12 +161,12 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, rope, meta=None, cache=None, meta_cache=None):
-        """x (B, T, C) -> (B, T, C). meta is None where no token is a meta-token."""
+        """x (B, T, C) -> (B, T, C). meta None: nothing to do for meta-attention."""
         x = x + self.attn(self.ln_1(x), rope, cache)
         if meta is not None:
             rows = meta.gather(x)                                          # (B, M, C)
             rows = self.meta_attn(self.ln_meta(rows), meta.rope, meta_cache)
-            x = meta.add(x, rows)               # P is -inf at text: it gets exactly nothing
+            x = meta.add(x, rows)               # rows of text stay exactly as they are
         return x + self.mlp(self.ln_2(x))
 
 
@@ -173,8 +176,9 @@ class Block(nn.Module):
 def rope_frequencies(config, device=None):
     """RoPE's angular frequencies, changed by YaRN (Peng et al. 2023, "NTK-by-parts").
 
-    Returns (inv_freq, attention_scale): float32 (hs / 2,), in radians per position, and
-    the factor of cos and sin. yarn_scale <= 1 is plain RoPE: attention_scale is 1.
+    Returns (inv_freq, attention_scale): float32 (hs/2,), in radians per position, and
+    what multiplies cos and sin, so both q and k. With yarn_scale <= 1 it is plain RoPE,
+    and the scale is 1.
     """
     d, s = config.head_dim, config.yarn_scale
     exponents = torch.arange(0, d, 2, dtype=torch.float32, device=device) / d
@@ -183,11 +187,15 @@ def rope_frequencies(config, device=None):
         return inv_freq, 1.0
 
     def index_of(turns):
-        """Where in inv_freq is the one that turns so often in the original window?"""
+        """The index i, a fraction, of the frequency with so many turns in the window.
+
+        It solves 2 pi base^(2i / d) = original window / turns for i.
+        """
         wavelength = config.original_block_size / turns
         return d * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_base))
 
-    # Frequencies up to `low` stay, those from `high` on are divided by s.
+    # The fast frequencies, up to index `low`, stay. The slow ones, from `high` on, are
+    # divided by s. (The bound d - 1 is YaRN's own, though the last index is d/2 - 1.)
     low = max(math.floor(index_of(config.beta_fast)), 0)
     high = min(math.ceil(index_of(config.beta_slow)), d - 1)
     index = torch.arange(d // 2, dtype=torch.float32, device=device)
@@ -218,18 +226,18 @@ LOGITS_AT_ONCE = 2**28  # 1 GiB in float32
 class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(x @ weight.T, targets, ignore_index=-1), a chunk at a time.
 
-    All logits, (B T, vocab_size), would take more memory than the rest of the model.
-    So the forward pass turns each chunk of them into its loss and its gradients, then
+    All logits, (B T, vocab_size), would take more memory than all else in a step. So
+    the forward pass turns each chunk of them into its loss and its gradients, then
     frees it; the backward pass only scales these gradients.
     """
     @staticmethod
-    def forward(ctx, x, weight, targets, training):
+    def forward(ctx, x, weight, targets, needs_grad):
         """x (N, C), weight (vocab_size, C), targets (N,) -> mean loss in nats."""
         chunk = max(LOGITS_AT_ONCE // len(weight), 1)
         dtype = torch.promote_types(x.dtype, torch.float32)
         loss = torch.zeros((), dtype=dtype, device=x.device)
         grad_x, grad_weight = [], None
-        if training:
+        if needs_grad:
             grad_weight = torch.zeros_like(weight, dtype=dtype)
         for h, y in zip(x.split(chunk), targets.split(chunk)):
             is_target = (y >= 0).unsqueeze(1).to(dtype)                    # (n, 1)
@@ -239,15 +247,16 @@ class LinearCrossEntropy(torch.autograd.Function):
             log_z = logits.logsumexp(1, keepdim=True)                      # (n, 1)
             log_p = logits.gather(1, y) - log_z                            # (n, 1)
             loss -= (log_p * is_target).sum()
-            if training:
-                # d loss / d logits = (softmax - one_hot) at targets, 0 elsewhere
+            if needs_grad:
+                # d loss / d logits = softmax - one_hot, and 0 where there is no target.
+                # p - 1 is computed in float32, then written over p.
                 softmax = logits.sub_(log_z).exp_().mul_(is_target).to(product.dtype)
-                at_target = ((log_p.exp() - 1) * is_target).to(product.dtype)
-                grad = softmax.scatter_(1, y, at_target)
+                p_minus_1 = ((log_p.exp() - 1) * is_target).to(product.dtype)
+                grad = softmax.scatter_(1, y, p_minus_1)
                 grad_x.append(grad @ weight)
                 grad_weight += grad.t() @ h
         n_targets = (targets >= 0).sum()
-        if training:
+        if needs_grad:
             ctx.save_for_backward(torch.cat(grad_x), grad_weight, n_targets)
         return loss / n_targets
 
@@ -287,30 +296,30 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def num_params(self):
-        """Parameters but for learned positions, as GPT-2's are counted (124M)."""
+        """All parameters but learned positions, as nanoGPT counts them (124M)."""
         return sum(p.numel() for name, p in self.named_parameters() if "wpe" not in name)
 
     def flops_per_token(self, T, n_meta=0):
-        """Floating-point operations for one of T positions, forward and backward.
+        """Floating-point operations per token, forward and backward, in a window of T.
 
         6 per parameter and 12 C T per attention layer (PaLM, appendix B, as nanoGPT).
-        Meta-attention counts at its n_meta positions only.
+        Meta-attention is computed at n_meta of the T tokens and counts by that share.
         """
         c = self.config
         meta_params = sum(p.numel() for name, p in self.named_parameters() if "meta" in name)
-        text_flops = 6 * (self.num_params() - meta_params) + 12 * c.n_layer * c.n_embd * T
+        flops = 6 * (self.num_params() - meta_params) + 12 * c.n_layer * c.n_embd * T
         if not c.meta_attention:
-            return text_flops
+            return flops
         meta_flops = 6 * meta_params + 12 * c.n_layer * c.n_embd * n_meta
-        return text_flops + n_meta / T * meta_flops
+        return flops + n_meta / T * meta_flops
 
     def forward(self, idx, targets=None, n_meta=None):
         """Return (logits, None), or with targets (None, loss).
 
         idx (B, T): token ids; targets (B, T): the next ones, -1 where there is nothing
         to predict; logits (B, T, vocab_size); loss: see `loss`. n_meta: an upper bound
-        on the meta-tokens of a row. Without it they are counted, and the host waits for
-        the GPU.
+        on the number of meta-tokens in a row (those above it would be left out of
+        meta-attention). Without it they are counted, and the host waits for the GPU.
         """
         x = self.hidden_states(idx, n_meta)                                # (B, T, C)
         if targets is None:
@@ -320,8 +329,8 @@ class GPT(nn.Module):
     def loss(self, x, targets):
         """Mean cross-entropy in nats, of hidden states x (B, T, C) and targets (B, T).
 
-        It leaves out targets of -1 and meta-tokens: no model learns to predict those
-        (paper, section 3).
+        It leaves out targets of -1 and meta-tokens: no model is trained to predict a
+        meta-token (paper, section 3).
         """
         if self.config.meta_id is not None:
             targets = targets.masked_fill(targets == self.config.meta_id, -1)
@@ -329,7 +338,7 @@ class GPT(nn.Module):
             x.flatten(0, 1), self.lm_head.weight, targets.flatten(), torch.is_grad_enabled())
 
     def hidden_states(self, idx, n_meta=None, caches=None):
-        """What the logits are read off: idx (B, T) -> (B, T, C), after ln_f.
+        """The last hidden states, after ln_f: idx (B, T) -> (B, T, C).
 
         n_meta: see `forward`. caches: a KVCache (sample.py) of attention and one of
         meta-attention; idx continues what they hold.
@@ -343,7 +352,7 @@ class GPT(nn.Module):
         if cache is None:
             positions = torch.arange(T, device=idx.device)
         else:
-            positions = cache.advance(torch.ones_like(is_meta))            # (T,)
+            positions = cache.advance(is_real=torch.ones_like(is_meta))    # (T,)
         positions = positions.unsqueeze(0)                                 # (1, T)
 
         x = self.transformer.wte(idx)                                      # (B, T, C)
@@ -356,12 +365,12 @@ class GPT(nn.Module):
             x = x + pos_emb
         x = F.dropout(x, c.dropout, self.training)
 
-        if c.zero_meta_pos:
+        if c.zero_meta_pos:  # at position 0, RoPE turns nothing
             positions = positions.masked_fill(is_meta, 0)                  # (B, T)
         rope = rope_tables(c, positions) if c.pos == "rope" else None
         meta = self._find_meta(is_meta, positions, n_meta)
         if meta is not None and meta_cache is not None:
-            meta_cache.advance(meta.is_real)
+            meta_cache.advance(meta.is_real)    # later tokens must not see what fills up
         for block in self.transformer.h:
             x = block(x, rope, meta, cache, meta_cache)
         return self.transformer.ln_f(x)
@@ -375,10 +384,9 @@ class GPT(nn.Module):
         if n_meta == 0:
             return None
         meta = MetaTokens(is_meta, n_meta)
-        meta.rope = None
-        if self.config.pos == "rope":
-            own = positions.expand_as(is_meta).gather(1, meta.index)       # (B, M)
-            meta.rope = rope_tables(self.config, own)
+        if self.config.pos == "rope":           # their places in the window, not 0 to M - 1
+            meta_positions = positions.expand_as(is_meta).gather(1, meta.index)    # (B, M)
+            meta.rope = rope_tables(self.config, meta_positions)
         return meta
 
     def configure_optimizer(self, learning_rate, weight_decay=0.1, betas=(0.9, 0.95)):
@@ -391,15 +399,18 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, **options):
-        """The prompt idx (B, T) and what follows it. options: see sample.stream."""
-        from sample import stream  # which imports this file
+        """The prompt idx (B, T) and what follows, meta-tokens included: (B, T + n).
+
+        options: see `stream` in sample.py.
+        """
+        from sample import stream  # here, as sample.py imports this file
         return torch.cat([idx, *stream(self, idx, max_new_tokens, **options)], dim=1)
 
     def reconfigured(self, **changes):
-        """A copy with other settings that leave the parameters as they are.
+        """A copy with changes to settings that the parameters do not depend on.
 
         These are block_size (but not with learned positions), yarn_scale, dropout,
-        zero_meta_pos and zero_meta_embd. Raises ValueError if they do not fit together.
+        zero_meta_pos and zero_meta_embd. Raises ValueError if they cannot be combined.
         """
         model = GPT(replace(self.config, **changes))
         model.load_state_dict(self.state_dict())
@@ -407,10 +418,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def with_meta_tokens(self, meta_id, meta_attention=True):
-        """A copy with meta-tokens, for a model without: it computes the same for text.
+        """A copy with meta-tokens, of a model without. Text alone gets the same logits.
 
         Meta-attention's output starts at zero. New rows of the embedding start at the
-        mean of the text's: at zero, their logits would tower over those of text.
+        mean of the text's. At zero they would have logits of 0, and a trained GPT-2
+        gives text logits far below 0.
         """
         c = self.config
         vocab_size = max(c.vocab_size, pad_vocab(meta_id + 1))
@@ -430,5 +442,5 @@ class GPT(nn.Module):
 
 
 def pad_vocab(n):
-    """The next multiple of 64, which matrix units like better."""
+    """The next multiple of 64, a size that GPUs multiply faster."""
     return math.ceil(n / 64) * 64

@@ -1254,7 +1254,7 @@ def test_eval_only_evaluates_the_trained_model(prepared, capsys):
         file.write('init_from = "elsewhere"\n')
     for arguments in ([], ["again.py"]):
         train.train(settings.load([*SMALL, *arguments, "--eval_only"]))
-        assert f"validation {best:.4f} nats per text token, a perplexity of {math.exp(best):.2f}" in capsys.readouterr().out
+        assert f"validation {best:.4f} nats per text token, perplexity {math.exp(best):.2f}" in capsys.readouterr().out
     prepare.prepare(configure("--meta_rate=0", "--dataset=plain"))
     plain = [*SMALL, "--dataset=plain", "--out_dir=plain"]
     train.train(settings.load([*plain, "--max_iters=2", "--meta_rate=0", "--meta_attention=False"]))

@@ -2,12 +2,17 @@
 
     python train.py config/quickstart.py                 # five minutes on a laptop
     python train.py config/meta_gpt2_h100.py             # the paper's model on one GPU
-    torchrun --nproc_per_node=8 train.py                 # the same on eight
+    torchrun --nproc_per_node=8 train.py                 # on eight: it is the default
 
-A step depends only on the settings and the step number (and on the clock, if
-max_minutes is set). So a run that was killed and resumed takes the same steps, and so
-does one that is spread over more processes. out_dir gets ckpt.pt (the last state),
-best.pt (that of the lowest validation loss), log.jsonl and loss.png.
+What a step reads, its learning rate and its dropout depend only on the settings and the
+step number (and on the clock, if max_minutes is set). So a run that was killed and
+resumed goes on as if nothing had happened, and more processes take the same steps.
+out_dir gets ckpt.pt (the latest state), best.pt (the one with the lowest validation
+loss), log.jsonl and loss.png.
+
+config knows where each setting comes from. config.given(name): a config file or the
+command line has set it; config.typed(name): the command line has.
+config.checked(function, ...) turns a ValueError into one line for the user.
 """
 import math
 import os
@@ -29,7 +34,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-# --init_from=resume does not remember these
+# A resumed run takes its settings from the checkpoint, unless they are given again.
+# These it never takes from there:
 OF_THIS_RUN = {"init_from", "out_dir", "overwrite", "eval_only", "device", "dtype", "compile"}
 
 
@@ -39,10 +45,11 @@ OF_THIS_RUN = {"init_from", "out_dir", "overwrite", "eval_only", "device", "dtyp
 def shuffled(positions, n, seed, epoch):
     """Where a pseudo-random permutation of range(n) sends positions (uint64 array).
 
-    This is an epoch's order without a table of it: a Feistel network permutes the next
-    power of 4, and what falls outside range(n) goes through it again.
+    This is an epoch's order without a table of it. A Feistel network permutes
+    range(4**half), the smallest such range that holds n numbers. A result of n or more
+    is permuted again, until it is below n.
     """
-    half = np.uint64(max((n - 1).bit_length() + 1, 2) // 2)
+    half = np.uint64(max(((n - 1).bit_length() + 1) // 2, 1))
     low_bits = (np.uint64(1) << half) - np.uint64(1)
     keys = np.random.SeedSequence([seed, epoch]).generate_state(6, np.uint64)
 
@@ -61,7 +68,11 @@ def shuffled(positions, n, seed, epoch):
 
 
 def blocks_of_samples(samples, n_blocks, seed):
-    """Which blocks the run reads as its samples (uint64 array), in shuffled epochs."""
+    """Which blocks the samples are (both uint64 arrays).
+
+    Samples are numbered from the first step on. Sample s is the block at position
+    s % n_blocks in the shuffled order of epoch s // n_blocks.
+    """
     epochs, positions = np.divmod(samples, np.uint64(n_blocks))
     numbers = np.empty_like(positions)
     for epoch in np.unique(epochs):
@@ -71,10 +82,10 @@ def blocks_of_samples(samples, n_blocks, seed):
 
 
 def micro_batches(blocks, step, batch_size, accumulation, seed, rank, world):
-    """Yield this process's micro-batches (x, y) for ever, from a step on.
+    """Yield this process's micro-batches (x, y) endlessly, starting at a step.
 
-    A step has `accumulation` of them, dealt out to the processes in turn. What one
-    holds depends only on the seed, the step and its number in the step.
+    A step has `accumulation` of them, dealt out to the processes in turn. Their
+    contents depend only on the seed, the step and their number in the step.
     """
     while True:
         for micro in range(rank, accumulation, world):
@@ -153,28 +164,30 @@ def seed_dropout(*numbers):
 
 def diverged(loss, norm, scaler):
     """Whether training has failed. A GradScaler may skip steps of infinite norm."""
-    return not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled())
+    if scaler.is_enabled():
+        return not math.isfinite(loss)
+    return not (math.isfinite(loss) and math.isfinite(norm))
 
 
 @torch.no_grad()
 def evaluate(model, blocks, eval_tokens, batch_size, machine):
     """Mean loss in nats per text token, over the first eval_tokens of text.
 
-    It is the same text, to the nearest block, whatever the share of meta-tokens, the
-    window and the batch. The processes share its blocks.
+    That is the same text for any meta_rate, block_size and batch_size, up to rounding
+    to whole blocks. The processes share the blocks.
     """
     n_blocks = min(len(blocks), max(1, round(eval_tokens / blocks.text_per_block)))
     numbers = range(machine.rank, n_blocks, machine.world)
     total = torch.zeros((), device=machine.device)
     model.eval()
     for i in range(0, len(numbers), batch_size):
-        own = numbers[i:i + batch_size]
-        n_padding = batch_size - len(own)  # a full batch keeps the shape that is compiled
-        x, y = blocks.batch([*own, *[0] * n_padding])
+        own = list(numbers[i:i + batch_size])
+        # Fill up the last batch, so that nothing is compiled again for its shape
+        x, y = blocks.batch(own + [0] * (batch_size - len(own)))
         y[len(own):] = -1
         with machine.autocast():
             loss = model(x.to(machine.device), y.to(machine.device), blocks.n_meta)[1]
-        total += loss * len(own)
+        total += loss * len(own)        # all blocks have equally many text targets
     model.train()
     total, count = machine.all_reduce([total.item(), len(numbers)])
     return total / count
@@ -184,20 +197,20 @@ def evaluate(model, blocks, eval_tokens, batch_size, machine):
 # What a run starts from
 
 def check_start(config, world):
-    """Refuse what would go wrong later."""
+    """Refuse settings that would fail later."""
     if config.init_from == "scratch":
         if config.yarn_scale > 1:
             raise config.error(f"yarn_scale={config.yarn_scale} extends a trained model: name it "
                                "with --init_from=")
         check_meta_tokens(config)
-        new_model_config(config, text_vocab_size=50257)
+        new_model_config(config, text_vocab_size=50257)  # any will do: only to check
     if config.gradient_accumulation_steps % world:
         raise config.error(f"gradient_accumulation_steps={config.gradient_accumulation_steps} is "
                            f"not divisible by the {world} processes")
     last = os.path.join(config.out_dir, "ckpt.pt")
     if config.init_from != "resume" and os.path.exists(last) and not config.overwrite:
-        raise config.error(f"{config.out_dir} holds a run already: --init_from=resume goes on "
-                           "with it, --overwrite replaces it, --out_dir= names another")
+        raise config.error(f"{config.out_dir} holds a run already: --init_from=resume "
+                           "continues it, --overwrite replaces it, --out_dir= names another")
 
 
 def check_meta_tokens(config):
@@ -215,7 +228,7 @@ def new_model_config(config, text_vocab_size):
 
 
 def open_trained(config, path):
-    """(model, checkpoint) at a path. config takes over architecture and tokenizer.
+    """(model, checkpoint) at a path. Copies its architecture and tokenizer into config.
 
     Raises SystemExit if the file is bad, or if config asks for another architecture.
     """
@@ -223,13 +236,14 @@ def open_trained(config, path):
     model, saved = config.checked(checkpoint.load_trained, path, given)
     config.tokenizer = saved["settings"]["tokenizer"]
     for name in checkpoint.ARCHITECTURE:
-        if name != "meta_attention" or model.config.meta_id is not None:
-            setattr(config, name, getattr(model.config, name))
+        if name == "meta_attention" and model.config.meta_id is None:
+            continue  # it may still be added, together with meta-tokens
+        setattr(config, name, getattr(model.config, name))
     return model, saved
 
 
 def load_saved(config):
-    """(model, checkpoint, path): out_dir's checkpoint unless --init_from was typed."""
+    """(model, checkpoint, path) of out_dir, or of the --init_from= that was typed."""
     path = config.out_dir
     if config.typed("init_from") and config.init_from not in ("resume", "scratch"):
         path = config.init_from
@@ -237,7 +251,7 @@ def load_saved(config):
 
 
 def open_data(config, machine):
-    """The manifest of the data, checked. The embedded corpus is prepared on the way."""
+    """The manifest of the data, checked by the first process for all."""
     manifest = problem = None
     if machine.rank == 0:
         try:
@@ -251,6 +265,7 @@ def open_data(config, machine):
 
 
 def prepared_manifest(config):
+    """The manifest, checked. Prepares the text that needs no download: source=stdlib."""
     manifest_file = os.path.join(prepare.folder_of(config.dataset), "manifest.json")
     if config.source == "stdlib" and not os.path.exists(manifest_file):
         prepare.prepare(config)
@@ -258,7 +273,7 @@ def prepared_manifest(config):
     prepare.check_fit(config, manifest)
     splits = manifest["splits"].values()
     if sum(shard["bytes"] for split in splits for shard in split["shards"]) < 1e9:
-        prepare.verify(config, manifest)
+        prepare.verify(config, manifest)  # checksums; of more they would take minutes
     return manifest
 
 
@@ -272,25 +287,25 @@ def open_model(config, manifest, trained):
     if trained.config.meta_id is None:
         if config.meta_rate > 0:
             return trained.with_meta_tokens(manifest["meta_id"], config.meta_attention)
-        if config.given("meta_attention"):
+        if config.given("meta_attention"):  # it is on by default, and idle in plain text
             check_meta_tokens(config)
     return trained
 
 
 def evaluate_saved(config, machine):
-    """Print the validation loss of what the config has trained."""
+    """Print the validation loss of a trained model."""
     trained, saved, _ = load_saved(config)
     config.remember(saved["settings"], ("meta_rate", "meta_placement"))
     manifest = open_data(config, machine)
     if trained.config.meta_id is None and config.meta_rate > 0:
         raise config.error(f"meta_rate={config.meta_rate}, but the checkpoint has no meta-tokens: "
                            "name a --dataset= of plain text, and --meta_rate=0")
-    model = open_model(config, manifest, trained).to(machine.device)
+    model = trained.to(machine.device)
     blocks = Blocks(prepare.folder_of(config.dataset), manifest, "val")
     model = torch.compile(model) if machine.compile else model
     loss = evaluate(model, blocks, config.eval_tokens, config.batch_size, machine)
     if machine.rank == 0:
-        print(f"validation {loss:.4f} nats per text token, a perplexity of {math.exp(loss):.2f}")
+        print(f"validation {loss:.4f} nats per text token, perplexity {math.exp(loss):.2f}")
 
 
 # --------------------------------------------------------------------------------------
@@ -308,10 +323,10 @@ class Progress:
 def train(config):
     # Where, on what, from what
     machine = config.checked(Machine, config.device, config.dtype, config.compile)
-    torch.manual_seed(config.seed)
     if config.init_from == "resume":
         saved_settings = config.checked(checkpoint.load, config.out_dir)["settings"]
         config.remember(saved_settings, saved_settings.keys() - OF_THIS_RUN)
+    torch.manual_seed(config.seed)
     if config.eval_only:
         return evaluate_saved(config, machine)
     check_start(config, machine.world)
@@ -330,10 +345,11 @@ def train(config):
     scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
     progress = Progress()
     if config.init_from == "resume":
-        checkpoint.load_optimizer(optimizer, scaler, saved)
+        config.checked(checkpoint.load_optimizer, optimizer, scaler, saved)
         progress = Progress(saved["step"], saved["minutes"], saved["best_val_loss"],
-                            saved.get("evaluated", saved["step"]))
+                            saved.get("evaluated", saved["step"]))  # not in older files
     del trained, saved
+    # All three share the same weights: as they are, compiled, and over all processes
     local_model = torch.compile(raw_model) if machine.compile else raw_model
     model = distributed(local_model, machine, raw_model.config.meta_attention,
                         train_blocks.n_meta)
@@ -345,36 +361,39 @@ def train(config):
                       config.gradient_accumulation_steps, config.seed, machine.rank,
                       machine.world), machine.device)
     blocks_per_step = config.gradient_accumulation_steps * config.batch_size
+    tokens_per_step = blocks_per_step * config.block_size
     os.makedirs(config.out_dir, exist_ok=True)
-    log = checkpoint.Log(config.out_dir, first_step,
-                         blocks_per_step * train_blocks.text_per_block, machine.rank == 0)
-    write_header(log, config, machine, raw_model, train_blocks, first_step)
-    speed = Speed(first_step, blocks_per_step * config.block_size)
+    log = checkpoint.Log(config.out_dir, first_step, is_on=machine.rank == 0,
+                         text_per_step=blocks_per_step * train_blocks.text_per_block)
+    write_header(log, config, machine, raw_model, train_blocks, first_step, tokens_per_step)
     flops_per_token = raw_model.flops_per_token(config.block_size, train_blocks.n_meta)
+    speed = Speed(first_step, tokens_per_step, flops_per_token, machine.peak_flops())
     stop_request, started = StopRequest(), time.monotonic()
     loss_sum, norm, lr = torch.zeros((), device=machine.device), 0.0, 0.0
-    logged_step, stop = first_step, 0
+    logged_step, stop_signal = first_step, 0
 
     while True:
         # All processes stop at the same step, and by the same clock
         step = progress.step
         if machine.world == 1 or step % config.log_interval == 0:
             minutes = minutes_before + (time.monotonic() - started) / 60
-            stop, progress.minutes = machine.all_reduce(
+            stop_signal, progress.minutes = machine.all_reduce(
                 [stop_request.asked, minutes], dist.ReduceOp.MAX)
         done = step >= config.max_iters or 0 < config.max_minutes <= progress.minutes
         is_eval_due = (step % config.eval_interval == 0 or done) and progress.evaluated != step
 
-        if step > logged_step and (step % config.log_interval == 0 or is_eval_due or stop):
+        if step > logged_step and (step % config.log_interval == 0 or is_eval_due or stop_signal):
             loss = loss_sum.item() / (step - logged_step) / machine.world
             [loss] = machine.all_reduce([loss])
             check_finite(loss, float(norm), scaler, step, lr, config.out_dir)
-            write_step(log, config, machine, progress, loss, float(norm), lr, speed.look(step),
-                       flops_per_token)
+            write_step(log, config, progress, loss, float(norm), lr, speed)
             loss_sum.zero_()
             logged_step = step
+        elif machine.compile and step == first_step + 1:
+            machine.synchronize()       # the first step also compiled: do not count it
+            speed.restart(step)
 
-        if stop:
+        if stop_signal:
             save(machine, config, raw_model, optimizer, scaler, progress)
             log.say(f"stopped and saved at step {step}; go on with: {go_on_command()}")
             break
@@ -401,17 +420,15 @@ def train(config):
         loss, norm = optimizer_step(losses, raw_model, optimizer, scaler, config.grad_clip)
         loss_sum += loss
         progress.step += 1
-        if machine.compile and step == first_step:
-            loss_sum.item()             # the first step has also compiled the model
-            speed.restart(progress.step)
 
     stop_request.restore()
-    if stop:
-        # Exit as shells count, so that a command behind && does not run. Do so only in
-        # the first process: torchrun kills all when one fails.
-        raise SystemExit(128 + int(stop) if machine.rank == 0 else 0)
+    if stop_signal:
+        # 128 + signal, as shells have it: `train.py && next` then stops, too. The first
+        # process alone returns it, as torchrun kills all when one fails.
+        raise SystemExit(128 + int(stop_signal) if machine.rank == 0 else 0)
     if machine.rank == 0:
         print_sample(raw_model, config, progress.best_val_loss)
+
 
 def go_on_command():
     """The command that resumes this run."""
@@ -428,16 +445,15 @@ def distributed(model, machine, has_meta_attention, n_meta):
     if machine.world == 1:
         return model
     device_ids = [machine.device.index] if machine.type == "cuda" else None
-    is_unused = has_meta_attention and n_meta == 0  # plain text leaves meta-attention idle
-    return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=is_unused)
+    has_unused = has_meta_attention and n_meta == 0  # plain text: meta-attention is idle
+    return DistributedDataParallel(model, device_ids=device_ids,
+                                   find_unused_parameters=has_unused)
 
 
-def write_header(log, config, machine, model, blocks, step):
-    tokens_per_step = (config.gradient_accumulation_steps * config.batch_size
-                       * config.block_size)
+def write_header(log, config, machine, model, blocks, step, tokens_per_step):
     line = (f"{model.num_params() / 1e6:.1f}M parameters; "
             f"{len(blocks) * blocks.block_size / 1e6:,.1f}M training tokens, "
-            f"{tokens_per_step:,} a step; {machine.world} x {machine.name()}, "
+            f"{tokens_per_step:,} per step; {machine.world} x {machine.name()}, "
             f"{machine.dtype_name()}")
     if machine.compile:
         line += ", compiled"
@@ -446,15 +462,12 @@ def write_header(log, config, machine, model, blocks, step):
               settings=asdict(config))
 
 
-def write_step(log, config, machine, progress, loss, norm, lr, tokens_per_s, flops_per_token):
+def write_step(log, config, progress, loss, norm, lr, speed):
     step, steps = progress.step, config.max_iters
-    tokens_per_step = (config.gradient_accumulation_steps * config.batch_size
-                       * config.block_size)
-    seconds_left = (steps - step) * tokens_per_step / tokens_per_s
+    tokens_per_s, mfu = speed.look(step)
+    seconds_left = (steps - step) * speed.tokens_per_step / tokens_per_s
     if config.max_minutes:
         seconds_left = min(seconds_left, 60 * (config.max_minutes - progress.minutes))
-    peak = machine.peak_flops()
-    mfu = None if peak is None else tokens_per_s * flops_per_token / peak
     width = len(str(steps))
     line = f"step {step:>{width}}/{steps} | loss {loss:.4f} | {tokens_per_s:,.0f} tokens/s"
     if mfu is not None:
@@ -519,7 +532,7 @@ def main(argv=None):
                            "double --gradient_accumulation_steps, which takes the same steps"
                            ) from None
     except OSError as e:
-        raise SystemExit(f"error: {e.filename or config.out_dir}: {e.strerror}") from None
+        raise SystemExit(f"error: {e.filename or config.out_dir}: {e.strerror or e}") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
