@@ -265,7 +265,7 @@ def open_data(config, machine):
 
 
 def prepared_manifest(config):
-    """The manifest, checked. Prepares the text that needs no download: source=stdlib."""
+    """The manifest, checked. Prepares source=stdlib, which needs no download, itself."""
     manifest_file = os.path.join(prepare.folder_of(config.dataset), "manifest.json")
     if config.source == "stdlib" and not os.path.exists(manifest_file):
         prepare.prepare(config)
