@@ -62,7 +62,7 @@ def read_study(path, part):
     except OSError as error:
         raise SystemExit(f"error: {path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError):
-        raise SystemExit(f"error: {path}, line {number} is not a line of a study") from None
+        raise SystemExit(f"error: {path} is not a study, a result on each line") from None
     return results
 
 
@@ -124,7 +124,9 @@ def group_by_label(results):
 def recipe(result):
     """What a result depends on, but for its seeds."""
     run = result["run"]
-    return run | {"stream": run["stream"] | {"seed": None}, "seed": None, "pretrained": None}
+    stream = run["stream"] | {"seed": None}
+    # trial_steps: a setting of older versions
+    return run | {"stream": stream, "seed": None, "pretrained": None, "trial_steps": None}
 
 
 def seeds_of(result):
@@ -240,12 +242,12 @@ def difference_table(panel):
     lengths = lengths_of(panel)
     yield ("\nPaired differences on the same examples, in points (95% interval: the wider of that "
            "over examples and that over the seeds which both have)\n")
-    yield line("second minus first", "such seeds", "", *lengths)
-    yield rule(len(lengths) + 3)
+    yield line("second minus first", "such seeds", *lengths)
+    yield rule(len(lengths) + 2)
     for a, b in itertools.combinations(panel, 2):
         shared = set(map(seeds_of, panel[a])) & set(map(seeds_of, panel[b]))
         cells = [difference_cell(panel[a], panel[b], length) for length in lengths]
-        yield line(f"{b} - {a}", len(shared), "", *cells)
+        yield line(f"{b} - {a}", len(shared), *cells)
 
 
 def line(*cells):
