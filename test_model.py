@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1887,6 +1888,17 @@ def test_the_study_gives_the_numbers_of_its_page():
         panels = plot_synthetic.panels_of(plot_synthetic.read([study], part))
         tables = "\n".join(plot_synthetic.tables(panels))
         assert [line for line in lines if line not in tables] == []
+
+
+def test_the_study_asks_only_for_settings_that_exist():
+    listed = subprocess.run(["bash", "results/study.sh"], cwd=HERE, env=os.environ | {"LIST": "1"},
+                            capture_output=True, text=True, check=True)
+    jobs = [shlex.split(line) for line in listed.stdout.splitlines()]
+    assert {job[0] for job in jobs} == {"prepare", "pretrain", "tune"}
+    for job in jobs:
+        given = [word for word in job if word.startswith("--")]
+        config = settings.load([os.path.join(HERE, "config/study.py"), *given])
+        assert config.n_layer == (4 if "deep" in job else 3)  # a model is tuned with its own depth
 
 
 @pytest.fixture(scope="module")

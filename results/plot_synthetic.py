@@ -78,18 +78,24 @@ def panels_of(results):
         unmarked = groups.get((task, "none"), {})
         left_over = dict(unmarked)
         for placement in MARKED:
-            marked = groups.get((task, placement), {})
-            steps = {group[0]["run"]["phase_steps"] for group in marked.values()}
-            panel = {}
+            marked = groups.get((task, placement))
+            if not marked:
+                continue
+            steps = set(map(steps_of, marked.values()))
+            panel = panels[task, placement] = {}
             for label, group in unmarked.items():
-                if group[0]["run"]["phase_steps"] in steps:
-                    panel[f"{label}, no marks" if label in marked else label] = group
+                if steps_of(group) in steps:
+                    name = f"{label}, no marks" if label in marked else label
+                    panel[name] = group
                     left_over.pop(label, None)
-            if marked:
-                panels[task, placement] = panel | marked
+            panel |= marked
         if left_over:
             panels[task, "none"] = left_over
     return panels
+
+
+def steps_of(group):
+    return group[0]["run"]["phase_steps"]
 
 
 def check_same_examples(results):
@@ -105,7 +111,7 @@ def check_same_examples(results):
 
 
 def group_by_label(results):
-    """{(task, placement): {label: [result of each seed]}}; raise if settings differ."""
+    """{(task, placement): {label: [result of each seed]}}. Raise if settings differ."""
     groups = {}
     for where, result in results.items():
         label, panel = result["label"], (result["task"], result["placement"])
@@ -122,10 +128,9 @@ def group_by_label(results):
 
 
 def recipe(result):
-    """What a result depends on, but for its seeds."""
+    """What a result depends on, without its seeds and a setting of older versions."""
     run = result["run"]
     stream = run["stream"] | {"seed": None}
-    # trial_steps: a setting of older versions
     return run | {"stream": stream, "seed": None, "pretrained": None, "trial_steps": None}
 
 
