@@ -11,6 +11,7 @@ import re
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import config  # noqa: F401  it sets what torch reads when it is loaded
 import checkpoint
 import eval_synthetic
 
