@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -40,6 +41,7 @@ from model import (
     rope_tables,
     rotate,
 )
+from results import plot_synthetic
 
 import numpy as np
 import pytest
@@ -1781,123 +1783,236 @@ def test_meta_tokens_are_added_for_fine_tuning(tmp_path, monkeypatch):
 # results/plot_synthetic.py: figure and tables
 
 def test_intervals_are_the_known_ones():
-    assert eval_synthetic.wilson(10, 20) == pytest.approx((0.2993, 0.7007), abs=1e-3)  # Wilson's formula, as tabled
+    low, high = eval_synthetic.wilson(10, 20)
+    assert (low, high) == pytest.approx((0.2993, 0.7007), abs=1e-3)  # Wilson's formula, as tabled
     assert eval_synthetic.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
 
 
 def test_a_difference_is_of_the_seeds_that_both_have():
-    a, b = {1: np.array([0, 0, 1, 1, 0.0])}, {7: np.array([1, 0, 1, 1, 1.0]), 1: np.array([1, 0, 1, 1, 0.0])}
-    mean, low, high = eval_synthetic.paired_difference(a, b)  # over examples: of one seed nothing else can be said
-    assert mean == pytest.approx(0.2) and (high - low) / 2 == pytest.approx(1.96 * np.std([1, 0, 0, 0, 0], ddof=1) / 5**0.5)
-    mean, low, high = eval_synthetic.paired_difference({2: a[1]}, b)  # none in common: the means are compared
-    assert mean == pytest.approx(0.3) and (high - low) / 2 == pytest.approx(1.96 * np.std([1, 0, 0, 0, 0.5], ddof=1) / 5**0.5)
+    a = {1: np.array([0, 0, 1, 1, 0.0])}
+    b = {7: np.array([1, 0, 1, 1, 1.0]), 1: np.array([1, 0, 1, 1, 0.0])}
+    mean, low, high = plot_synthetic.paired_difference(a, b)
+    over_examples = 1.96 * np.std([1, 0, 0, 0, 0], ddof=1) / 5**0.5  # all that one seed can say
+    assert mean == pytest.approx(0.2) and (high - low) / 2 == pytest.approx(over_examples)
+
+
+def test_without_common_seeds_the_means_are_compared():
+    a = {2: np.array([0, 0, 1, 1, 0.0])}
+    b = {7: np.array([1, 0, 1, 1, 1.0]), 1: np.array([1, 0, 1, 1, 0.0])}
+    mean, low, high = plot_synthetic.paired_difference(a, b)
+    over_examples = 1.96 * np.std([1, 0, 0, 0, 0.5], ddof=1) / 5**0.5
+    assert mean == pytest.approx(0.3) and (high - low) / 2 == pytest.approx(over_examples)
 
 
 def test_a_difference_is_as_uncertain_as_seeds_or_examples_make_it():
     zeros = {seed: np.zeros(100) for seed in (1, 2, 3)}
-    by_seed = {seed: np.full(100, share) for seed, share in ((1, 0.2), (2, 0.3), (3, 0.1))}  # each example alike
-    mean, low, high = eval_synthetic.paired_difference(zeros, by_seed)
-    assert mean == pytest.approx(0.2) and (high - low) / 2 == pytest.approx(4.30 * 0.1 / 3**0.5)
-    by_example = {seed: np.arange(100) % 2.0 for seed in (1, 2, 3)}  # each seed alike
-    mean, low, high = eval_synthetic.paired_difference(zeros, by_example)
-    assert mean == pytest.approx(0.5) and (high - low) / 2 == pytest.approx(1.96 * np.std(by_example[1], ddof=1) / 10)
-    assert eval_synthetic.paired_difference({1: np.zeros(1)}, {1: np.ones(1)}) == (1, -1, 1)  # of one example, nothing
+    by_seed = {1: np.full(100, 0.2), 2: np.full(100, 0.3), 3: np.full(100, 0.1)}
+    mean, low, high = plot_synthetic.paired_difference(zeros, by_seed)
+    over_seeds = 4.30 * 0.1 / 3**0.5
+    assert mean == pytest.approx(0.2) and (high - low) / 2 == pytest.approx(over_seeds)
+    by_example = {seed: np.arange(100) % 2.0 for seed in (1, 2, 3)}
+    mean, low, high = plot_synthetic.paired_difference(zeros, by_example)
+    over_examples = 1.96 * np.std(by_example[1], ddof=1) / 10
+    assert mean == pytest.approx(0.5) and (high - low) / 2 == pytest.approx(over_examples)
+    one = plot_synthetic.paired_difference({1: np.zeros(1)}, {1: np.ones(1)})
+    assert one == (1, -1, 1)  # one example of one seed says nothing
+
+
+def a_result(label, placement, seed, task="copying", steps=10):
+    """As much of a result as it takes to group it."""
+    run = {"seed": seed, "pretrained": f"of {seed}", "stream": {"seed": seed}, "phase_steps": steps}
+    return {"tests": {}, "task": task, "placement": placement, "label": label, "seeds": seed,
+            "run": run}
+
+
+def panels_of(*results):
+    return plot_synthetic.panels_of(dict(enumerate(results)))
 
 
 def test_results_are_grouped_by_task_and_placement():
-    def result(label, placement, seed, task="copying", steps=10):
-        return {"tests": {}, "task": task, "placement": placement, "label": label, "seeds": seed,
-                "run": {"seed": seed, "pretrained": f"of {seed}", "stream": {"seed": seed}, "train_length": 64,
-                        "phase_steps": steps}}
-
-    unmarked, same = result("A", "none", 1), result("B", "none", 1)
-    first, second, everywhere = result("B", "task", 1), result("B", "task", 2), result("B", "all", 1)
-    panels = eval_synthetic.merge(dict(enumerate([everywhere, second, unmarked, first, same, result("A", "none", 1, "parity")])))
+    first, second = a_result("B", "task", 1), a_result("B", "task", 2)
+    everywhere, parity = a_result("B", "all", 1), a_result("A", "none", 1, "parity")
+    panels = panels_of(everywhere, second, first, parity)
     assert list(panels) == [("parity", "none"), ("copying", "task"), ("copying", "all")]
-    assert panels["copying", "task"] == {"A": [unmarked], "B, no marks": [same], "B": [first, second]}
-    assert panels["copying", "all"] == {"A": [unmarked], "B, no marks": [same], "B": [everywhere]}
-    longer, much_longer = result("A longer", "none", 1, steps=30), result("B", "all", 1, steps=30)
-    panels = eval_synthetic.merge(dict(enumerate([unmarked, longer, first, much_longer])))  # equal steps are compared
-    assert panels == {("copying", "task"): {"A": [unmarked], "B": [first]}, ("copying", "all"): {"A longer": [longer], "B": [much_longer]}}
-    assert refusal(eval_synthetic.merge, {"1": first, "2": result("B", "task", 1)}) == \
-        "error: 2: 'B' has another result of the same seeds: name one of the two"
+    assert panels["copying", "task"] == {"B": [first, second]}
+    assert panels["copying", "all"] == {"B": [everywhere]}
+
+
+def test_models_without_marks_are_compared_at_equal_steps():
+    marked, everywhere = a_result("B", "task", 1), a_result("B", "all", 1, steps=30)
+    unmarked, longer = a_result("A", "none", 1), a_result("A longer", "none", 1, steps=30)
+    assert panels_of(unmarked, longer, marked, everywhere) == {
+        ("copying", "task"): {"A": [unmarked], "B": [marked]},
+        ("copying", "all"): {"A longer": [longer], "B": [everywhere]}}
+    assert panels_of(unmarked, longer, marked) == {
+        ("copying", "task"): {"A": [unmarked], "B": [marked]},
+        ("copying", "none"): {"A longer": [longer]}}
+    same = a_result("B", "none", 1)
+    assert panels_of(same, marked) == {
+        ("copying", "task"): {"B, no marks": [same], "B": [marked]}}
+
+
+def test_results_of_a_label_differ_only_in_their_seeds():
+    first, second = a_result("B", "task", 1), a_result("B", "task", 2)
+    assert refusal(panels_of, first, a_result("B", "task", 1)) == \
+        "error: 1: 'B' has another result of the same seeds: name one of the two"
+    second["run"]["trial_steps"] = 300  # a setting of older versions, without any effect
+    assert panels_of(first, second) == {("copying", "task"): {"B": [first, second]}}
     second["run"]["stream"]["mark"] = 35
-    assert "2: 'B' has results of different settings" in refusal(eval_synthetic.merge, {"1": first, "2": second})
+    assert "1: 'B' has results of different settings" in refusal(panels_of, first, second)
 
 
 def test_a_task_is_learned_at_the_first_validation_with_half_right():
-    exact = [[0, 0.5, 0.4, 0.9], [0, 0.1, 0.2, 0.49], [0.6, 0, 0, 0]]
-    group = [{"validation": [{"step": 500 * (i + 1), "exact": e} for i, e in enumerate(seed)]} for seed in exact]
-    assert eval_synthetic.learned_at(group) == "1,000, never, 500"
+    group = []
+    for exact in ([0, 0.5, 0.4, 0.9], [0, 0.1, 0.2, 0.49], [0.6, 0, 0, 0]):
+        points = [{"step": 500 * (i + 1), "exact": share} for i, share in enumerate(exact)]
+        group.append({"validation": points})
+    assert plot_synthetic.learned_at(group) == "1,000, never, 500"
+
+
+def test_the_study_gives_the_numbers_of_its_page():
+    shown = {
+        "main": ["| D meta, 3 seeds | full | 256 | 97.7 (96.0-98.8) | 97.2 (94.5-99.5) | "
+                 "71.8 (66.2-75.5) | 30.3 (26.5-32.2) | 800, 800, 600 |",
+                 "| A GPT-2, 3,600 steps | full | 256 | 78.2 (73.9-82.0) | 55.8 (50.9-60.5) | "
+                 "22.2 (18.4-26.6) | 5.2 (3.5-7.9) | 1,600 |",
+                 "| D meta, 3 seeds | full, generated (n <= 256) | 256 | ",
+                 "| D meta - B GPT-2, # | 3 | +1.1 (-4.7 to +6.9) | +1.2 (-8.9 to +11.3) | "],
+        "rates": ["| rate 4e-3, D meta, 3 seeds | full | 256 | "],
+        "beyond": ["| YaRN, D meta, 3 seeds | full | 512 | 99.0 (98.5-99.2) | 98.8 (98.2-99.0) | "
+                   "96.2 (94.5-98.2) | 68.6 (63.7-72.8) | 34.6 (31.5-39.5) | "],
+        "variants": ["| learned positions, D meta | full | 256 | "],
+    }
+    study = os.path.join(HERE, "results/study.jsonl")
+    for part, lines in shown.items():
+        panels = plot_synthetic.panels_of(plot_synthetic.read([study], part))
+        tables = "\n".join(plot_synthetic.tables(panels))
+        assert [line for line in lines if line not in tables] == []
+
+
+def test_the_study_asks_only_for_settings_that_exist():
+    listed = subprocess.run(["bash", "results/study.sh"], cwd=HERE, env=os.environ | {"LIST": "1"},
+                            capture_output=True, text=True, check=True)
+    jobs = [shlex.split(line) for line in listed.stdout.splitlines()]
+    assert {job[0] for job in jobs} == {"prepare", "pretrain", "tune"}
+    for job in jobs:
+        given = [word for word in job if word.startswith("--")]
+        config = settings.load([os.path.join(HERE, "config/study.py"), *given])
+        assert config.n_layer == (4 if "deep" in job else 3)  # a model is tuned with its own depth
+
+
+@pytest.fixture(scope="module")
+def tuned_once(tmp_path_factory):
+    """A folder with runs of two models and two seeds."""
+    folder = tmp_path_factory.mktemp("tuned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        save_model("ape.pt", pos="absolute", block_size=192)
+        save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
+        eval_synthetic.main(["--init_from=ape.pt", *TUNE, "--task_lr=1e-3", "--task=all"])
+        plain = ["--init_from=plain.pt", *TUNE, "--task_lr=1e-3", "--placement=all"]
+        eval_synthetic.main([*plain, "--marker=none,fresh", "--seed=1"])
+        eval_synthetic.main([*plain, "--marker=none", "--seed=2"])
+    return folder
 
 
 @pytest.fixture
-def tuned(tmp_path, monkeypatch, capsys):
-    """Results of two models and two seeds, in results/."""
+def tuned(tuned_once, tmp_path, monkeypatch):
+    """The results of these runs, in a copy of their folder to work in."""
+    shutil.copytree(tuned_once, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    save_model("ape.pt", pos="absolute", block_size=192)
-    save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
-    eval_synthetic.main(["--init_from=ape.pt", *TUNE, "--task_lr=1e-3", "--task=all"])
-    for marker, seed in (("none,fresh", 1), ("none", 2)):
-        eval_synthetic.main(["--init_from=plain.pt", *TUNE, "--task_lr=1e-3", "--placement=all", f"--marker={marker}", f"--seed={seed}"])
     return sorted(glob.glob("results/*.json"))
 
 
 def test_runs_are_measured_tabled_and_drawn(tuned, capsys):
     assert len(tuned) == 7
-    by_task = {result["task"]: result for result in map(eval_synthetic.read_result, tuned)}
-    assert {row["by"] for row in by_task["copying"]["rows"] if "by" in row} == {"teacher forcing", "generation"}
-    ape = eval_synthetic.read_result("results/ape_with_meta-tokens_list_recall_task_meta_192_s5_1337.json")
-    assert [row["row"] for row in ape["rows"]] == ["full", "no_pos", "no_embed", "no_meta_attention", "no_meta", "full"]
-    assert ape["rows"][-1]["impossible"] == "learned positions end at 192" and ape["rows"][-2]["out_of_distribution"]
+    ape = eval_synthetic.read_result(
+        "results/ape_with_meta-tokens_list_recall_task_meta_192_s5_1337.json")
+    assert [row["row"] for row in ape["rows"]] == \
+        ["full", "no_pos", "no_embed", "no_meta_attention", "no_meta", "full"]
+    assert ape["rows"][-1]["impossible"] == "learned positions end at 192"
+    assert ape["rows"][-2]["out_of_distribution"]
     assert ape["pretrained"]["step"] == 7 and ape["seeds"]["pretraining"] == 5
-    assert all(row["n"] == 12 and row["low"] <= row["exact"] <= row["high"] for row in ape["rows"][:-1])
-    capsys.readouterr()
-    open("results/bench_cpu.json", "w").close()
-    eval_synthetic.main(["--plot", *tuned, "results/bench_cpu.json"])
+    for row in ape["rows"][:-1]:
+        assert row["n"] == 12 and row["low"] <= row["exact"] <= row["high"]
+
+    open("results/bench_cpu.json", "w").close()  # bench.py's lie beside them
+    plot_synthetic.main([*tuned, "results/bench_cpu.json"])
     printed = capsys.readouterr().out
     assert open("results/synthetic.png", "rb").read(4) == b"\x89PNG"
-    assert "| chance |" in printed and "| plain without marks, 2 seeds |" in printed and "| never, never |" in printed
+    assert "| chance |" in printed
+    assert "| plain without marks, 2 seeds |" in printed and "| never, never |" in printed
     assert "| plain with a fresh token - plain without marks |" in printed
-    widths = {(block, line.count("|")) for block, part in enumerate(printed.split("\n\n")) for line in part.splitlines() if "|" in line}
-    assert len(widths) == len({block for block, _ in widths})  # every table has one width
-    eval_synthetic.main(["--init_from=ape.pt", *TUNE, "--task_lr=1e-3"])
+    for table in printed.split("\n\n"):
+        assert len({line.count("|") for line in table.splitlines() if "|" in line}) <= 1
+
+
+def test_what_is_tuned_already_is_not_tuned_again(tuned, capsys):
+    again = ["--init_from=ape.pt", *TUNE]
+    eval_synthetic.main([*again, "--task_lr=1e-3"])
     assert "is there already" in capsys.readouterr().out
-    eval_synthetic.main(["--init_from=ape.pt", *TUNE, "--task_lr=1e-3", "--rows=full"])  # measured anew, not tuned anew
-    assert "step 12/12" not in capsys.readouterr().out and len(eval_synthetic.read_result(tuned[1])["rows"]) == 2
-    assert "is of other settings: name another --label=" in refusal(eval_synthetic.main, ["--init_from=ape.pt", *TUNE, "--task_lr=1e-4"])
+    eval_synthetic.main([*again, "--task_lr=1e-3", "--rows=full"])  # measured anew
+    assert "step 12/12" not in capsys.readouterr().out
+    assert len(eval_synthetic.read_result(tuned[1])["rows"]) == 2
+    message = refusal(eval_synthetic.main, [*again, "--task_lr=1e-4"])
+    assert "is of other settings: name another --label=" in message
+
+
+def test_a_study_is_a_line_for_each_result(tuned, capsys):
+    with open("study.jsonl", "w") as study:
+        for path in tuned:
+            part = "small" if "plain" in path else "main"
+            result = {"part": part} | json.load(open(path))
+            study.write(json.dumps(result) + "\n")
+    plot_synthetic.main(["study.jsonl", "--part=small"])
+    of_study = capsys.readouterr().out
+    assert "plain without marks" in of_study and "ape with" not in of_study
+    plot_synthetic.main([path for path in tuned if "plain" in path])
+    assert capsys.readouterr().out == of_study
+    assert "no results in study.jsonl, or none of --part=large" in \
+        refusal(plot_synthetic.main, ["study.jsonl", "--part=large"])
 
 
 def test_bad_results_are_refused_in_one_line(tuned):
     def refused(*paths):
-        return refusal(eval_synthetic.main, ["--plot", *paths])
+        return refusal(plot_synthetic.main, list(paths))
 
-    assert "--plot needs results" in refused()
     assert "no result results/*.json" in refused("results/*.json")
     part = json.dumps({"format": eval_synthetic.FORMAT, "rows": []})
-    for name, content in {"list": "[]", "text": "hello", "other": '{"rows": []}', "part": part}.items():
-        open(f"{name}.json", "w").write(content)
+    for name, content in {"list": "[]", "text": "hello", "other": '{"rows": []}',
+                          "part": part}.items():
+        for path in (f"{name}.json", f"{name}.jsonl"):
+            open(path, "w").write(content)
         assert f"{name}.json is not a result of eval_synthetic.py" in refused(f"{name}.json")
+        assert f"{name}.jsonl is not a study" in refused(f"{name}.jsonl")
+    assert "gone.jsonl: No such file" in refused("gone.jsonl")
     good = open(tuned[0]).read()
-    open("old.json", "w").write(good.replace(eval_synthetic.FORMAT, "synthetic tasks 0"))
-    assert "is of format 'synthetic tasks 0', not" in refused("old.json")
+
+    def changed(name, before, after):
+        open(name, "w").write(good.replace(before, after))
+        return name
+
+    old = changed("old.json", eval_synthetic.FORMAT, "synthetic tasks 0")
+    assert "is of format 'synthetic tasks 0', not" in refused(old)
     digest = json.loads(good)["tests"]["192"]["sha256_of_prompts"]
-    open("easier.json", "w").write(good.replace(digest, "0" * 64))
-    assert "were measured on different test examples of copying at 192" in refused(tuned[0], "easier.json")
-    open("longer.json", "w").write(good.replace('"train_length": 192', '"train_length": 256'))
-    assert "has results of different settings" in refused(tuned[0], "longer.json")
-    open("twice.json", "w").write(good)
-    assert "has another result of the same seeds" in refused(tuned[0], "twice.json")
-    assert f"{tuned[0]} is for --plot to read" in refusal(eval_synthetic.main, [tuned[0]])
+    easier = changed("easier.json", digest, "0" * 64)
+    assert "were measured on different test examples of copying at 192" in refused(tuned[0], easier)
+    longer = changed("longer.json", '"train_length": 192', '"train_length": 256')
+    assert "has results of different settings" in refused(tuned[0], longer)
+    twice = changed("twice.json", "", "")
+    assert "has another result of the same seeds" in refused(tuned[0], twice)
 
 
 def test_what_only_some_seeds_measured_is_left_out_of_the_figure(tuned, capsys):
     path = "results/plain_without_marks_list_recall_none_none_192_s5_2.json"
-    for change in (lambda rows: rows[0].update(row="no_meta"), lambda rows: rows[1].update(length=300), list.clear):
-        there = eval_synthetic.read_result(path)
-        change(there["rows"])
-        json.dump(there, open(path, "w"))
-        eval_synthetic.main(["--plot", *tuned])
+    changes = (lambda rows: rows[0].update(row="no_meta"),
+               lambda rows: rows[1].update(length=300),
+               list.clear)
+    for change in changes:
+        result = eval_synthetic.read_result(path)
+        change(result["rows"])
+        json.dump(result, open(path, "w"))
+        plot_synthetic.main(tuned)
         assert "written to results/synthetic.png" in capsys.readouterr().out
 
 

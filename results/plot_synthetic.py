@@ -1,0 +1,360 @@
+"""Draws the accuracy that eval_synthetic.py measured, and prints it as tables.
+
+    python results/plot_synthetic.py results/out_*.json
+    python results/plot_synthetic.py results/study.jsonl --out=results/study.png
+    python results/plot_synthetic.py results/study.jsonl --part=beyond
+
+A .json file holds one result. A .jsonl file holds a study: one result a line, each with
+the part of the study that it belongs to. Results of one label are one model's seeds.
+"""
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import eval_synthetic
+
+import numpy as np
+from matplotlib.figure import Figure
+
+MARKED = {
+    "task": "marks at what is asked for",
+    "all": "marks at all alike",
+    "random": "marks anywhere",
+}
+PLACES = MARKED | {"none": "no marks"}
+
+# Student's t at 97.5%, by number of seeds
+T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+
+# --------------------------------------------------------------------------------------
+# Reading and grouping
+
+def read(paths, part):
+    """{where: result} of all files; of a study, only the lines of that part."""
+    results = {}
+    for path in paths:
+        if path.endswith(".jsonl"):
+            results |= read_study(path, part)
+        elif not os.path.basename(path).startswith("bench_"):  # bench.py's lie beside ours
+            results[path] = eval_synthetic.read_result(path)
+    for result in results.values():  # leave out lengths that learned positions do not reach
+        result["rows"] = [row for row in result["rows"] if "impossible" not in row]
+    if not results:
+        raise SystemExit(f"error: no results in {' '.join(paths)}, or none of --part={part}")
+    return results
+
+
+def read_study(path, part):
+    results = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, text in enumerate(file, start=1):
+                result = json.loads(text)
+                if result["format"] != eval_synthetic.FORMAT:
+                    raise ValueError
+                if result["part"] == part:
+                    results[f"{path}, line {number}"] = result
+    except OSError as error:
+        raise SystemExit(f"error: {path}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError):
+        raise SystemExit(f"error: {path} is not a study, a result on each line") from None
+    return results
+
+
+def panels_of(results):
+    """{(task, placement): {label: group}}; a group is the results of one model's seeds.
+
+    Models without marks join the panels whose models were tuned for as many steps.
+    """
+    check_same_examples(results)
+    groups = group_by_label(results)
+    panels = {}
+    for task in eval_synthetic.TASKS:
+        unmarked = groups.get((task, "none"), {})
+        left_over = dict(unmarked)
+        for placement in MARKED:
+            marked = groups.get((task, placement))
+            if not marked:
+                continue
+            steps = set(map(steps_of, marked.values()))
+            panel = panels[task, placement] = {}
+            for label, group in unmarked.items():
+                if steps_of(group) in steps:
+                    name = f"{label}, no marks" if label in marked else label
+                    panel[name] = group
+                    left_over.pop(label, None)
+            panel |= marked
+        if left_over:
+            panels[task, "none"] = left_over
+    return panels
+
+
+def steps_of(group):
+    return group[0]["run"]["phase_steps"]
+
+
+def check_same_examples(results):
+    """Raise unless results of one task and length are of the same test examples."""
+    seen = {}
+    for where, result in results.items():
+        for length, test in result["tests"].items():
+            digest = test["sha256_of_prompts"]
+            expected, first = seen.setdefault((result["task"], length), (digest, where))
+            if digest != expected:
+                raise SystemExit(f"error: {where} and {first} were measured on different test "
+                                 f"examples of {result['task']} at {length}")
+
+
+def group_by_label(results):
+    """{(task, placement): {label: [result of each seed]}}. Raise if settings differ."""
+    groups = {}
+    for where, result in results.items():
+        label, panel = result["label"], (result["task"], result["placement"])
+        group = groups.setdefault(panel, {}).setdefault(label, [])
+        if group and recipe(group[0]) != recipe(result):
+            raise SystemExit(f"error: {where}: '{label}' has results of different settings: "
+                             "give them different --label=")
+        if any(seeds_of(other) == seeds_of(result) for other in group):
+            raise SystemExit(f"error: {where}: '{label}' has another result of the same seeds: "
+                             "name one of the two")
+        group.append(result)
+        group.sort(key=seeds_of)
+    return groups
+
+
+def recipe(result):
+    """What a result depends on, without its seeds and a setting of older versions."""
+    run = result["run"]
+    stream = run["stream"] | {"seed": None}
+    return run | {"stream": stream, "seed": None, "pretrained": None, "trial_steps": None}
+
+
+def seeds_of(result):
+    return str(result["seeds"])
+
+
+# --------------------------------------------------------------------------------------
+# Statistics
+
+def rows_of(group, length, name="full"):
+    """{seeds: row}, of the seeds that measured it."""
+    rows = {}
+    for result in group:
+        for row in result["rows"]:
+            if row["length"] == length and row_name(row) == name:
+                rows[seeds_of(result)] = row
+    return rows
+
+
+def row_name(row):
+    if row["row"] == "no_meta":
+        return "no_meta (out of distribution)"
+    if row.get("by") == "generation":  # in older results, of the first 256 examples
+        return f"{row['row']}, generated (n <= 256)"
+    return row["row"]
+
+
+def correct_of(group, length, name="full"):
+    """{seeds: (n,), 1.0 for each example that was right, otherwise 0.0}."""
+    correct = {}
+    for seeds, row in rows_of(group, length, name).items():
+        bits = np.frombuffer(bytes.fromhex(row["correct"]), np.uint8)
+        correct[seeds] = np.unpackbits(bits, count=row["n"]).astype(float)
+    return correct
+
+
+def learned_at(group):
+    """The first step with half of validation right, of each seed."""
+    steps = []
+    for result in group:
+        learned = [point["step"] for point in result["validation"] if point["exact"] >= 0.5]
+        steps.append(f"{learned[0]:,}" if learned else "never")
+    return ", ".join(steps)
+
+
+def paired_difference(a, b):
+    """Mean of b - a and its 95% interval: (mean, low, high). a, b: from correct_of.
+
+    The interval is the wider of two: over examples (normal approximation), and over the
+    seeds that both have (Student's t). If they share none, compare their means.
+    """
+    differences = [b[seeds] - a[seeds] for seeds in a if seeds in b]
+    if not differences:
+        differences = [np.mean(list(b.values()), axis=0) - np.mean(list(a.values()), axis=0)]
+    differences = np.array(differences)  # (seeds, n)
+    n_seeds, n = differences.shape
+    halves = []
+    if n > 1:
+        halves.append(1.96 * standard_error(differences.mean(axis=0)))
+    if n_seeds > 1:
+        halves.append(T_975.get(n_seeds, 2.26) * standard_error(differences.mean(axis=1)))
+    mean, half = differences.mean(), max(halves, default=math.inf)
+    return mean, max(mean - half, -1.0), min(mean + half, 1.0)
+
+
+def standard_error(x):
+    return x.std(ddof=1) / math.sqrt(len(x))
+
+
+def lengths_of(panel):
+    results = itertools.chain(*panel.values())
+    return sorted({row["length"] for result in results for row in result["rows"]})
+
+
+def tests_of(panel):
+    """{length: what is known about its test examples}."""
+    results = itertools.chain(*panel.values())
+    tests = {int(n): test for result in results for n, test in result["tests"].items()}
+    return dict(sorted(tests.items()))
+
+
+# --------------------------------------------------------------------------------------
+# Tables, in Markdown
+
+def tables(panels):
+    for (task, placement), panel in panels.items():
+        yield from accuracy_table(f"{task}, {PLACES[placement]}", panel)
+        if len(panel) > 1:
+            yield from difference_table(panel)
+
+
+def accuracy_table(title, panel):
+    lengths, tests = lengths_of(panel), tests_of(panel)
+    sizes = sorted({test["n"] for test in tests.values()})
+    yield (f"\n**{title}**: exact match in % of {' or '.join(map(str, sizes))} examples a length, "
+           "teacher-forced (95% interval; of several seeds their range)\n")
+    yield line("model", "row", "tuned at", *lengths, "half of validation right at step")
+    yield rule(len(lengths) + 4)
+    for name in ("chance", "majority"):
+        cells = [f"{100 * tests[n][name]:.1f}" if n in tests else "-" for n in lengths]
+        yield line(name, "", "", *cells, "")
+    for label, group in panel.items():
+        model = f"{label}, {len(group)} seeds" if len(group) > 1 else label
+        tuned_at = group[0]["train_length"]
+        for name in dict.fromkeys(row_name(row) for result in group for row in result["rows"]):
+            cells = [accuracy_cell(correct_of(group, length, name)) for length in lengths]
+            yield line(model, name, tuned_at, *cells, learned_at(group) if name == "full" else "")
+        cells = [token_accuracy_cell(rows_of(group, length)) for length in lengths]
+        yield line(model, "full, token accuracy", tuned_at, *cells, "")
+
+
+def difference_table(panel):
+    lengths = lengths_of(panel)
+    yield ("\nPaired differences on the same examples, in points (95% interval: the wider of that "
+           "over examples and that over the seeds which both have)\n")
+    yield line("second minus first", "such seeds", *lengths)
+    yield rule(len(lengths) + 2)
+    for a, b in itertools.combinations(panel, 2):
+        shared = set(map(seeds_of, panel[a])) & set(map(seeds_of, panel[b]))
+        cells = [difference_cell(panel[a], panel[b], length) for length in lengths]
+        yield line(f"{b} - {a}", len(shared), *cells)
+
+
+def line(*cells):
+    return "".join(f"| {cell} " if cell != "" else "| " for cell in cells) + "|"
+
+
+def rule(n_columns):
+    return "|" + "---|" * n_columns
+
+
+def accuracy_cell(correct):
+    """Accuracy in %, with the range over seeds, or of one seed its Wilson interval."""
+    if not correct:
+        return "-"
+    shares = [right.mean() for right in correct.values()]
+    low, high = min(shares), max(shares)
+    if len(correct) == 1:
+        right, = correct.values()
+        low, high = eval_synthetic.wilson(right.sum(), right.size)
+    return f"{100 * np.mean(shares):.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def token_accuracy_cell(rows):
+    """The paper's metric: the answer tokens that are right, in %."""
+    if not rows:
+        return "-"
+    return f"{100 * np.mean([row['token_accuracy'] for row in rows.values()]):.1f}"
+
+
+def difference_cell(a, b, length):
+    a, b = correct_of(a, length), correct_of(b, length)
+    if not a or not b:
+        return "-"
+    mean, low, high = paired_difference(a, b)
+    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+# --------------------------------------------------------------------------------------
+# Figure
+
+def draw(panels, path):
+    """A row for each panel: the test over length, and validation over tuning steps."""
+    figure = Figure(figsize=(11, 0.8 + 4 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 2, sharey=True, squeeze=False)
+    labels = list(dict.fromkeys(itertools.chain(*panels.values())))
+    legend = {}
+    for (left, right), ((task, placement), panel) in zip(axes, panels.items()):
+        for label, group in panel.items():
+            color = f"C{labels.index(label)}"
+            draw_seeds(left, [exact_by_length(result) for result in group], color, label)
+            draw_seeds(right, [exact_by_step(result) for result in group], color, label)
+        draw_chance(left, tests_of(panel))
+        left.set(title=f"{task.replace('_', ' ')}, {PLACES[placement]}: test",
+                 xlabel="evaluation length (tokens)", ylabel="exact match (%)")
+        right.set(title="validation at the training length", xlabel="fine-tuning step")
+        for length in {group[0]["train_length"] for group in panel.values()}:
+            left.axvline(length, color="gray", linestyle=":", label="training length")
+        handles, names = left.get_legend_handles_labels()
+        legend |= dict(zip(names, handles))
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=120)
+
+
+def exact_by_length(result):
+    return {row["length"]: row["exact"] for row in result["rows"] if row_name(row) == "full"}
+
+
+def exact_by_step(result):
+    return {point["step"]: point["exact"] for point in result["validation"]}
+
+
+def draw_seeds(ax, curves, color, label):
+    """Each seed thin and their mean thick, where all seeds have a point."""
+    x = sorted(set(curves[0]).intersection(*curves))
+    percent = np.array([[100 * curve[at] for at in x] for curve in curves])  # (seeds, x)
+    if len(curves) > 1:
+        ax.plot(x, percent.T, color=color, linewidth=0.7)
+    ax.plot(x, percent.mean(axis=0), color=color, linewidth=2.5, label=label)
+    ax.set_ylim(-3, 103)
+    ax.grid(alpha=0.3)
+
+
+def draw_chance(ax, tests):
+    chance = [100 * test["chance"] for test in tests.values()]
+    ax.plot(list(tests), chance, color="black", linestyle="--", label="chance")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(list(tests), labels=list(map(str, tests)))
+    ax.minorticks_off()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="results, .json or .jsonl")
+    parser.add_argument("--part", default="main", help="the part of a study to show (main)")
+    parser.add_argument("--out", default="results/synthetic.png", help="where to draw")
+    args = parser.parse_args(argv)
+    panels = panels_of(read(args.files, args.part))
+    print("\n".join(tables(panels)))
+    draw(panels, args.out)
+    print(f"\nwritten to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
