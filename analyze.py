@@ -1,6 +1,6 @@
 """Look inside a trained model: do its meta-tokens sharpen attention, and cache text?
 
-    python analyze.py config/quickstart.py --init_from=out      # all, into out/analysis/
+    python analyze.py config/quickstart.py --init_from=out     # all, into out/analysis/
     python analyze.py --init_from=out --what=sharpening,residual,perplexity
     python analyze.py --init_from=out --what=attention --start="def main("
     python analyze.py --init_from=out/a.pt --what=rate_distortion --compare=out/b.pt
@@ -73,7 +73,7 @@ def inputs_of(model, idx, modules, zeroed=None):
 
 
 def attention_inputs(model, idx, name, zeroed=None):
-    """[(attention, x, rope)] by layer. name: "attn", or "meta_attn" of gathered rows."""
+    """[(attention, x, rope)] by layer. name: "attn", or "meta_attn" of gathered x."""
     modules = [getattr(block, name) for block in model.transformer.h]
     return [inputs[:3] for inputs in inputs_of(model, idx, modules, zeroed)]
 
@@ -84,8 +84,9 @@ def residual_stream(model, idx):
     return torch.stack([x for _, x, *_ in inputs_of(model, idx, modules)])
 
 
+@torch.no_grad()
 def attention_rows(attn, x, rope):
-    """An attention's logits from its own weights, a few queries of x (B, T, C) at a time.
+    """Logits of an attention over x (B, T, C), from its weights, a few queries at a time.
 
     Yields (rows, logits): a slice of n queries, and (B, nh, n, rows.stop) before the
     softmax, -inf at later keys. So a long context never takes a T x T matrix.
@@ -133,6 +134,7 @@ def for_json(value):
         return value
     if value.dtype.kind != "f":
         return value.tolist()
+    value = value.astype(float)
     return np.where(np.isfinite(value), np.round(value, 6), None).tolist()
 
 
@@ -147,7 +149,7 @@ CHANGES = {"boost": "largest logit, over all keys: with minus without",
 
 
 def entropy(logits):
-    """H = -sum a log a of the attention a = softmax(logits), in nats: (..., T) -> (...)."""
+    """H = -sum a log a in nats, of attention a = softmax(logits): (..., T) -> (...)."""
     return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
@@ -160,7 +162,6 @@ def meets_condition(logits):
     return logits.softmax(-1) > (-entropy(logits)).exp().unsqueeze(-1)
 
 
-@torch.no_grad()
 def row_statistics(attn, x, rope, keys):
     """Of each query, (4, B, nh, T): its largest logit, the largest at the keys, its
     entropy, and how many of the keys meet the condition. keys: bool (B, T).
@@ -196,7 +197,7 @@ def sharpen(model, idx, keys, queries):
 
 
 def random_text(is_meta, generator):
-    """As many text tokens as a row of is_meta (B, T) has meta-tokens, never the first."""
+    """As many text tokens as a row of is_meta (B, T) has meta-tokens; not the first."""
     order = torch.rand(is_meta.shape, generator=generator).to(is_meta.device)
     order = order.masked_fill(is_meta, 2)
     order[:, 0] = 2
@@ -239,7 +240,7 @@ def measure_sharpening(subject):
 
 
 def draw_sharpening(findings):
-    """Above: how all values change, beside the control. Below: the mean of each head."""
+    """Above: how values change, beside the control. Below: the mean of each head."""
     figure = Figure(figsize=(15, 8.5), layout="constrained")
     figure.suptitle("Causal attention of text queries, with some input embeddings and without; "
                     f"{findings['blocks']} validation blocks, {findings['values']:,} values")
@@ -299,7 +300,7 @@ def similarity_by_distance(x, queries, keys, edges):
 
 
 def measure_residual(subject):
-    """The findings about all blocks: a curve (L + 1, distances) for each pair of kinds."""
+    """The findings about all blocks: curves (L + 1, distances) of SIMILARITIES."""
     n_edges = 2 * int(math.log2(subject.blocks.block_size)) + 1
     edges = sorted({round(2 ** (i / 2)) for i in range(n_edges)})
     batches, n_meta = [], 0
@@ -321,8 +322,8 @@ def measure_residual(subject):
 
 
 def residual_example(subject, size=48):
-    """Of the first block's last meta-token behind text, and of that text: the similarity
-    with each of the tokens before, (L + 1, size + 1).
+    """How the first block's last meta-token behind text, and that text, resemble the
+    tokens before: cosine similarities (L + 1, size + 1).
     """
     idx = next(subject.batches("residual"))[:1]                            # (1, T)
     is_meta = idx[0] == subject.model.config.meta_id
@@ -403,7 +404,7 @@ def read_prompt(subject):
 
 
 def attention_maps(model, idx, name):
-    """The attention of one sequence, idx (1, T): (L, nh, T, T), M for T of "meta_attn"."""
+    """Attention of one sequence, idx (1, T): (L, nh, T, T); (L, nh, M, M) of meta_attn."""
     layers = []
     for attn, x, rope in attention_inputs(model, idx, name):
         rows = []
@@ -414,7 +415,7 @@ def attention_maps(model, idx, name):
 
 
 def measure_attention(subject, tokens):
-    """(findings, maps): the maps are means over heads, {"causal": (L, T, T), "meta": ...}."""
+    """(findings, maps): means over heads, "causal" (L, T, T) and "meta" (L, M, M)."""
     model, is_meta = subject.model, tokens == subject.model.config.meta_id
     idx = torch.from_numpy(tokens)[None].to(subject.device)                # (1, T)
     causal = attention_maps(model, idx, "attn")
@@ -435,11 +436,12 @@ def measure_attention(subject, tokens):
 
 
 def draw_attention(findings, maps):
-    """Maps of the first and the last layer, and the attention on meta-tokens by layer."""
+    """Maps of the first and last layer, and the attention on meta-tokens by layer."""
     names, last = findings["tokens"], len(maps["causal"]) - 1
     size = max(0.11 * len(names), 5)
     figure = Figure(figsize=(3 * size, 0.9 * size * len(maps)), layout="constrained")
-    axes = figure.subplot_mosaic([[f"{kind} 0", f"{kind} {last}", "share"] for kind in maps])
+    axes = figure.subplot_mosaic([["causal 0", f"causal {last}", "share"],
+                                  ["meta 0", f"meta {last}", "."]][:len(maps)])
     places = [i for i, name in enumerate(names) if name == prepare.META]
     ticks = {"causal": names, "meta": []}
     for place in places:
@@ -487,7 +489,7 @@ def attention(subject):
 
 @torch.no_grad()
 def text_losses(model, idx, targets):
-    """Cross-entropy of each text target in nats: (B, T), NaN where it is a meta-token."""
+    """Cross-entropy of each text target in nats: (B, T), NaN at meta-tokens."""
     rows = max(NUMBERS // model.config.vocab_size, 1)
     states, losses = model.hidden_states(idx).flatten(0, 1), []            # (B T, C)
     for h, y in zip(states.split(rows), targets.flatten().split(rows)):
@@ -499,8 +501,8 @@ def text_losses(model, idx, targets):
 def variants(c, lengths):
     """{name: {length: changes of the model's config c}}.
 
-    As trained, and by YaRN beyond the window; both also without positions at meta-tokens.
-    Learned positions end with the window.
+    As trained, and by YaRN beyond the window; both also without positions at
+    meta-tokens. Learned positions end with the window.
     """
     runs = {}
     no_pos = {"": c.zero_meta_pos}
@@ -542,7 +544,7 @@ def measure_losses(subject, name, length, changes, x, y):
 
 
 def measure_perplexity(subject):
-    """The findings: by position in the longest text, and of its end by length of context."""
+    """The findings: loss by position, and of the same end by length of context."""
     c = subject.model.config
     window, longest, tail = c.block_size, 4 * c.block_size, max(c.block_size // 8, 1)
     x, y = read_sequences(subject)
@@ -579,7 +581,8 @@ def draw_perplexity(findings):
     for i, (name, own) in enumerate(findings["by_position"].items()):
         positions = ((edges[:-1] + edges[1:]) / 2)[:len(own["mean"])]
         left.plot(positions, own["mean"], color=f"C{i}", label=name)
-        left.fill_between(positions, own["low"], own["high"], color=f"C{i}", alpha=0.15)
+        if name == "as trained":  # the intervals of all are about as wide
+            left.fill_between(positions, own["low"], own["high"], color=f"C{i}", alpha=0.15)
         contexts = findings["by_context"][name]
         points = [own["minus_one_window"] for own in contexts.values()]
         mean = np.array([point["mean"] for point in points])
@@ -661,7 +664,7 @@ def names_of(encoding, tokens):
 
 
 # --------------------------------------------------------------------------------------
-# The script. A part is a function of a Subject: (findings, figure, two lines of summary)
+# The script. A part makes of a Subject (findings, figure, two lines of summary)
 
 PARTS = {part.__name__: part
          for part in (sharpening, residual, attention, rate_distortion, perplexity)}

@@ -1,4 +1,4 @@
-"""Rate-distortion of hidden states (paper, section 5, theorem 5.1): a part of analyze.py.
+"""Rate-distortion of hidden states (paper, section 5): a part of analyze.py.
 
 How well does a state h tell y, if only so many nats of it may pass? A variational
 bottleneck is trained on frozen states,
@@ -8,7 +8,7 @@ bottleneck is trained on frozen states,
 to minimise distortion + beta * rate: E[-log q(y|z)] + beta * KL(q(z|h) || N(0, I)).
 Each beta gives one point of a curve, measured on held-out examples.
 
-Shapes: n examples, C width; H bottlenecks side by side, b examples of a step, d size of z.
+Shapes: n examples, C width; H bottlenecks side by side, b examples a step, d size of z.
 """
 import json
 import math
@@ -85,8 +85,8 @@ def held_out(bottlenecks, x, y, draws=8):
 def rate_distortion_curve(x, y, betas, seeds, steps, lr=2e-2, desc=None):
     """Train a bottleneck for each beta and seed, all at once; measure its best state.
 
-    x and y hold "train", "validation" (which says what is best) and "test": states (n, C)
-    and classes (n,). Returns (distortion, rate), each (len(betas), seeds), in nats.
+    x and y hold states (n, C) and classes (n,) of "train", "validation" (which says what
+    is best) and "test". Returns (distortion, rate) in nats, each (len(betas), seeds).
     """
     mean, std = x["train"].mean(0), x["train"].std(0).clamp(min=1e-6)
     x = {split: (states - mean) / std for split, states in x.items()}
@@ -141,11 +141,14 @@ def batches_of(sequences, length):
 
 def joined(batches):
     """[{name: tensor (B, ...)}, ...] -> {name: tensor (sum of B, ...)}."""
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    result = {}
+    for name in batches[0]:
+        result[name] = torch.cat([batch[name] for batch in batches])
+    return result
 
 
 def cached(folder, key, compute, *args):
-    """compute(*args), a dictionary of tensors; kept in a file for the next call with this key."""
+    """compute(*args), a dictionary of tensors, kept in a file for the next such key."""
     name = prepare.sha256(json.dumps(key, sort_keys=True).encode())[:16]
     path = os.path.join(folder, f"features_{name}.pt")
     if not os.path.exists(path):
@@ -183,7 +186,7 @@ def label_of(checkpoint, path):
 def open_readers(subject):
     """(readers, length): the model that is looked into, then those of --compare=.
 
-    Raises ValueError if they cannot all read the same prompts, of up to `length` tokens.
+    Raises ValueError if they cannot all read the same prompts of up to `length` tokens.
     """
     config = subject.config
     readers = [reader_of(subject.model, subject.checkpoint, subject.label, config)]
@@ -211,10 +214,10 @@ def open_readers(subject):
 def places_of(example, stream):
     """Where the states of an example of List Recall are taken: {name: positions}.
 
-    "answer" predicts the answer's first token (of bytes, the one behind its space). Where
-    lists have marks, three more have read the same text: "meta", the mark behind the list
-    that is asked for; "text", the token before it, as many text tokens from the answer;
-    and "mean", all the text up to there.
+    "answer" predicts the answer's first token (of bytes, the one behind its space). If
+    lists have marks, three more have read the same text: "meta", the mark behind the
+    list that is asked for; "text", the token before it, as many text tokens from the
+    answer; and "mean", all the text up to there.
     """
     space = 1 if stream.tokenizer == "bytes" else 0
     places = {"answer": [len(example.tokens) - example.n_answer + space - 1]}
@@ -232,7 +235,7 @@ def places_of(example, stream):
 def recall_features(reader, split, n, length, device, pool):
     """The states of n examples at places_of, {name: (n, C)}: means over the positions.
 
-    And, each (n,): "first", the answer's first token, and "y", the answer among all words.
+    And "first" (n,), the answer's first token, and "y" (n,), its number among all words.
     """
     features = {"first": [], "y": []}
     examples = eval_synthetic.draw_split(pool, reader.stream, split, length, n)
@@ -251,10 +254,10 @@ def recall_features(reader, split, n, length, device, pool):
 
 
 def next_token_features(model, blocks, numbers, n, device):
-    """The states of n places in plain text, each (n, C), and "y" (n,), the text token behind.
+    """The states of n places in plain text (n, C), and "y" (n,), the text token behind.
 
-    "meta": at a meta-token between two text tokens; "text": at the one before it. Both have
-    read the same text, and to both, y is the next token of it.
+    "meta": at a meta-token between two text tokens; "text": at the one before it. Both
+    have read the same text, and to both, y is the next token of it.
     """
     batches, found = [], 0
     numbers = np.random.default_rng(0).permutation(numbers)  # of all documents alike
@@ -273,8 +276,8 @@ def next_token_features(model, blocks, numbers, n, device):
 
 
 # --------------------------------------------------------------------------------------
-# The part. A panel is a list of lines: (label, features by split, and the names in these of
-# the states and of what they are to tell)
+# The part. A panel is a list of lines: (label, features by split, and which of these are
+# the states, and which the classes that they are to tell)
 
 def recall_panels(subject, sizes):
     """{title: panel} about List Recall: between models, and within the first."""
@@ -290,8 +293,8 @@ def recall_panels(subject, sizes):
                 own[split] = cached(
                     subject.folder, key | {"split": split, "n": n},
                     recall_features, reader, split, n, length, subject.device, pool)
-    title = f"List Recall: the answer's first token, where it is predicted\n" \
-            f"(prompts of up to {length} tokens)"
+    title = ("List Recall: the answer's first token, where it is predicted\n"
+             f"(prompts of up to {length} tokens)")
     panels = {title: [(reader.label, own, "answer", "first")
                       for reader, own in zip(readers, features)]}
     if "meta" in features[0]["train"]:
@@ -303,7 +306,7 @@ def recall_panels(subject, sizes):
 
 
 def plain_text_panel(subject, sizes):
-    """The panel about plain text. Each split has its own part of the validation blocks."""
+    """The panel about plain text. Each split is a part of the validation blocks."""
     blocks, features = subject.blocks, {}
     ends = np.cumsum([0, *sizes.values()])
     cuts = (len(blocks) * ends // ends[-1]).tolist()
@@ -347,7 +350,7 @@ def measure_panel(title, panel, seeds, steps, device):
 
 
 def draw_panel(ax, panel):
-    """Distortion over rate: a line through the means of the seeds, a band of their range."""
+    """Distortion over rate: the mean of the seeds, and their range as a band."""
     lowest, entropy_of_y = math.inf, panel["H(Y)"]
     for i, (label, curve) in enumerate(panel["curves"].items()):
         rate, distortion = curve["rate"].mean(1), curve["distortion"]
@@ -391,11 +394,9 @@ def rate_distortion(subject):
         values = ", ".join(f"{label} {distortion:.3f}" for label, distortion in there.items())
         said.append(f"{title.splitlines()[0]}, at rate {rate:.2f}: {values}")
         panel["title"] = " ".join(title.split())
-        for curve in panel["curves"].values():
-            curve.update({name: np.round(v, 6).tolist() for name, v in curve.items()})
     findings = {
         "theorem": THEOREM, "state": "of the last layer, before ln_f",
-        "betas": np.round(BETAS, 6).tolist(), "seeds": config.bottleneck_seeds,
+        "betas": BETAS, "seeds": config.bottleneck_seeds,
         "seeds_are": "of initial weights, noise and order: their range leaves out the choice "
                      "of examples", "panels": measured}
     return findings, figure, (
