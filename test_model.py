@@ -28,6 +28,7 @@ import bench
 import checkpoint
 import eval_synthetic
 import prepare
+import rate_distortion
 import sample
 import train
 from machine import Machine
@@ -2019,61 +2020,83 @@ def test_what_only_some_seeds_measured_is_left_out_of_the_figure(tuned, capsys):
 # --------------------------------------------------------------------------------------
 # analyze.py
 
-@pytest.mark.parametrize("scores", [1 << 24, 100], ids=["at once", "in chunks"])
+@pytest.mark.parametrize("numbers", [1 << 24, 100], ids=["at once", "in chunks"])
 @pytest.mark.parametrize("changes", [
-    {}, {"bias": True}, {"pos": "none"}, {"pos": "absolute"}, {"yarn_scale": 4.0, "original_block_size": 16},
-    {"zero_meta_pos": True}, {"pos": "absolute", "zero_meta_pos": True}], ids=str)
-def test_analysis_sees_the_attention_that_the_fast_path_computes(changes, scores, monkeypatch):
-    monkeypatch.setattr(analyze, "SCORES", scores)
-    model, idx, inputs, outputs = build(**changes), text_with_meta((4, 7)), [], []
-    blocks = model.transformer.h
-    handles = [getattr(block, name).c_proj.register_forward_hook(lambda module, args, y: outputs.append(y))
-               for name in ("attn", "meta_attn") for block in blocks]
-    analyze.read(model, idx, analyze.on_causal_attention(model, lambda *args: inputs.append(args)),
-                 analyze.on_meta_attention(model, lambda *args: inputs.append(args)))
-    for handle in handles:
-        handle.remove()
-    assert len(inputs) == len(outputs) == 2 * len(blocks)
-    for (module, x, rope), y in zip(inputs, outputs):
-        chunks = list(analyze.attention_rows(module, x, rope))
-        assert len(chunks) > 1 or scores > 100
-        v = module.c_attn(x).chunk(3, -1)[2].view(*x.shape[:2], module.n_head, -1).transpose(1, 2)
-        rows = torch.cat([logits.softmax(-1) @ v[:, :, :rows.stop] for rows, logits in chunks], 2)
-        assert torch.allclose(module.c_proj(rows.transpose(1, 2).reshape(x.shape)), y)
+    {}, {"bias": True}, {"pos": "none"}, {"pos": "absolute"},
+    {"yarn_scale": 4.0, "original_block_size": 16}, {"zero_meta_pos": True},
+    {"pos": "absolute", "zero_meta_pos": True}], ids=str)
+def test_analysis_sees_the_attention_that_the_fast_path_computes(changes, numbers, monkeypatch):
+    monkeypatch.setattr(analyze, "NUMBERS", numbers)
+    model, idx = build(**changes), text_with_meta((4, 7))
+    for name in ("attn", "meta_attn"):
+        outputs = []
+        handles = [getattr(block, name).register_forward_hook(
+            lambda module, args, y, outputs=outputs: outputs.append(y))
+            for block in model.transformer.h]
+        inputs = analyze.attention_inputs(model, idx, name)
+        for handle in handles:
+            handle.remove()
+        assert len(inputs) == len(outputs) == 2
+        for (module, x, rope), y in zip(inputs, outputs):
+            chunks = list(analyze.attention_rows(module, x, rope))
+            assert len(chunks) > 1 or numbers > 100
+            v = module.c_attn(x).chunk(3, -1)[2]
+            v = v.view(*x.shape[:2], module.n_head, -1).transpose(1, 2)
+            rows = [logits.softmax(-1) @ v[:, :, :rows.stop] for rows, logits in chunks]
+            attended = torch.cat(rows, 2).transpose(1, 2).reshape(x.shape)
+            assert torch.allclose(module.c_proj(attended), y)
 
 
 def test_capture_leaves_the_model_as_it_was():
     model, idx = build(), text_with_meta((4, 7))
-    before, states, residual = model(idx)[0], [], []
-    analyze.read(model, idx, analyze.on_final(model, states.append), analyze.on_residual(model, residual.append))
-    assert torch.equal(model(idx)[0], before) and len(residual) == 3 and torch.equal(residual[-1], states[0])
-    assert torch.equal(model.lm_head(model.transformer.ln_f(states[0])), before)
-    assert torch.equal(residual[0], model.transformer.wte(idx))
-    with pytest.raises(RuntimeError):  # a hook that fails is removed, too
-        analyze.read(model, idx, analyze.on_final(model, lambda x: x.view(-1, 7)))
+    before = model(idx)[0]
+    stream = analyze.residual_stream(model, idx)
+    final = rate_distortion.final_states(model, idx)
+    assert len(stream) == 3 and torch.equal(stream[-1], final)
+    assert torch.equal(stream[0], model.transformer.wte(idx))
+    assert torch.equal(model.lm_head(model.transformer.ln_f(final)), before)
     assert torch.equal(model(idx)[0], before)
+    blocks = [*model.transformer.h]
+    with pytest.raises(IndexError):  # of an id beyond the vocabulary; hooks go all the same
+        analyze.inputs_of(model, idx + 99, blocks, zeroed=idx == META)
+    assert torch.equal(model(idx)[0], before) and not any(b._forward_pre_hooks for b in blocks)
 
 
 def test_zeroing_is_what_no_embed_does():
-    model, idx, states = build(), text_with_meta((4, 7)), []
-    analyze.read(model, idx, analyze.zeroing(model, idx == META), analyze.on_final(model, states.append))
+    model, idx = build(), text_with_meta((4, 7))
+    [(_, x)] = analyze.inputs_of(model, idx, [model.transformer.ln_f], zeroed=idx == META)
     model.config = replace(model.config, zero_meta_embd=True)
-    assert torch.equal(model.lm_head(model.transformer.ln_f(states[0])), model(idx)[0])
+    assert torch.equal(model.lm_head(model.transformer.ln_f(x)), model(idx)[0])
 
 
 def test_entropy_is_that_of_its_definition():
     logits = torch.randn(3, 5, 7, dtype=torch.float64)
     logits[0, :, 4:] = -math.inf
-    assert torch.allclose(analyze.entropy(logits), torch.distributions.Categorical(logits=logits).entropy())
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    assert torch.allclose(analyze.entropy(logits), expected)
     assert analyze.entropy(torch.zeros(8)).item() == pytest.approx(math.log(8))
+
+
+def entropy_slope(logits, keys):
+    """dH/dDelta as the logits of some keys (bool, like logits) rise together by Delta.
+
+    It is -sum over them of a_j (log a_j + H); autograd and differences check it below.
+    """
+    a, H = logits.softmax(-1), analyze.entropy(logits).unsqueeze(-1)
+    return ((torch.special.entr(a) - a * H) * keys).sum(-1)
+
+
+def measured_slope(logits, keys, delta=1e-4):
+    """The same by a central difference: for logits in float64."""
+    higher, lower = analyze.entropy(logits + delta * keys), analyze.entropy(logits - delta * keys)
+    return (higher - lower) / (2 * delta)
 
 
 def test_entropy_falls_exactly_where_the_theorem_has_its_condition():
     torch.manual_seed(0)
     logits = torch.randn(400, 9, dtype=torch.float64)
     keys = F.one_hot(torch.arange(400) % 9, 9).bool()
-    a = logits.softmax(-1)[keys]
-    slope, meets = analyze.entropy_slope(logits, keys), a > (-analyze.entropy(logits)).exp()
+    slope, meets = entropy_slope(logits, keys), analyze.meets_condition(logits)[keys]
     assert ((slope < 0) == meets).all() and 50 < meets.sum() < 350
     small_step = analyze.entropy(logits + 1e-3 * keys) - analyze.entropy(logits)
     assert ((small_step < 0) == meets).double().mean() > 0.99
@@ -2081,16 +2104,38 @@ def test_entropy_falls_exactly_where_the_theorem_has_its_condition():
         leaf = logits.clone().requires_grad_()
         analyze.entropy(leaf).sum().backward()
         expected = (leaf.grad * raised).sum(-1)
-        assert torch.allclose(analyze.entropy_slope(logits, raised), expected)
-        assert torch.allclose(analyze.measured_slope(logits, raised), expected, atol=1e-7)
+        assert torch.allclose(entropy_slope(logits, raised), expected)
+        assert torch.allclose(measured_slope(logits, raised), expected, atol=1e-7)
+
+
+def test_the_theorems_slope_holds_on_the_models_own_rows():
+    model, idx = build(), text_with_meta((9, 12), T=60)
+    is_meta, n_rows = idx == META, 0
+    for inputs in analyze.attention_inputs(model, idx, "attn", zeroed=is_meta):
+        for rows, logits in analyze.attention_rows(*inputs):
+            keys = is_meta[:, None, None, :rows.stop] & logits.isfinite()
+            is_query = ~is_meta[:, None, rows].expand(logits.shape[:-1]) & keys.any(-1)
+            logits, keys = logits[is_query], keys[is_query]                # (rows, keys)
+            meets = analyze.meets_condition(logits)
+            for of in (logits.masked_fill(~keys, -math.inf).argmax(-1),
+                       logits.masked_fill(~keys, math.inf).argmin(-1)):
+                one = F.one_hot(of, logits.size(-1)).bool()
+                slope = entropy_slope(logits, one)
+                assert torch.allclose(slope, measured_slope(logits, one), rtol=0, atol=1e-7)
+                assert ((slope < 0) == meets[one]).all() and (slope < 0).any() and (slope > 0).any()
+            together = entropy_slope(logits, keys)
+            assert torch.allclose(together, measured_slope(logits, keys), rtol=0, atol=1e-7)
+            assert (together < 0).any() and (together > 0).any()
+            n_rows += len(logits)
+    assert n_rows > 100
 
 
 def planted_boost(boost):
-    """A model of one head in which every query gives meta-tokens the logit `boost`, and all other keys 0."""
+    """One head in which each query gives meta-tokens the logit `boost`, and others 0."""
     model = build(n_layer=1, n_head=1, pos="none", bias=True, meta_attention=False)
     u = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(8)
-    v = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64).repeat(4)  # u and v are orthogonal, LayerNorm leaves them alone
-    block = model.transformer.h[0]
+    v = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64).repeat(4)
+    block = model.transformer.h[0]  # u and v are orthogonal, LayerNorm leaves them alone
     with torch.no_grad():
         model.transformer.wte.weight[:] = v
         model.transformer.wte.weight[META] = u
@@ -2098,69 +2143,114 @@ def planted_boost(boost):
         block.ln_1.bias.zero_()
         block.attn.c_attn.weight.zero_()
         block.attn.c_attn.bias.zero_()
-        block.attn.c_attn.bias[0] = 4 * boost                      # q = (4 boost, 0, ...), divided by sqrt(16)
-        block.attn.c_attn.weight[16] = u / 16                      # k = (1, 0, ...) at meta-tokens
+        block.attn.c_attn.bias[0] = 4 * boost   # q = (4 boost, 0, ...), divided by sqrt(16)
+        block.attn.c_attn.weight[16] = u / 16   # k = (1, 0, ...) at meta-tokens
     return model
 
 
 def test_a_planted_boost_is_recovered():
-    model, idx, boost = planted_boost(2.0), text_with_meta((4, 7), T=32), 2.0
-    control = analyze.random_text(idx == META, torch.Generator().manual_seed(1))
-    assert torch.equal(control.sum(1), (idx == META).sum(1)) and not (control & (idx == META)).any() and not control[:, 0].any()
-    queries, result = analyze.sharpen(model, idx, control)
-    assert not queries[(idx == META) | control].any() and queries.any()
-    n, m = torch.arange(1, 33), (idx == META).cumsum(1)
+    boost, idx = 2.0, text_with_meta((4, 7), T=32)
+    model, is_meta = planted_boost(boost), idx == META
+    control = analyze.random_text(is_meta, torch.Generator().manual_seed(1))
+    assert torch.equal(control.sum(1), is_meta.sum(1))
+    assert not (control & is_meta).any() and not control[:, 0].any()
+    queries = ~is_meta & ~control & (is_meta.cumsum(1) > 0)
+    n, m = torch.arange(1, 33), is_meta.cumsum(1)
     Z = n - m + m * math.exp(boost)
     drop = n.log() - (Z.log() - m * math.exp(boost) / Z * boost)
-    for name, expected in (("boost", boost), ("boost_keys", boost), ("drop", drop[queries].double())):
-        assert torch.allclose(result["meta"][name][0, :, 0][queries], torch.as_tensor(expected, dtype=torch.float64), atol=1e-4)
-        assert torch.allclose(result["text"][name][0, :, 0][queries], torch.tensor(0.0, dtype=torch.float64))
-    assert torch.equal(result["meta"]["pairs"][0, :, 0], m)
-    assert torch.equal(result["text"]["met"][0, :, 0][queries], torch.zeros_like(m)[queries])  # the row is sharp: text is below exp(-H)
+    found = analyze.sharpen(model, idx, is_meta, queries)
+    for name, expected in (("boost", boost), ("boost_keys", boost), ("drop", drop[queries])):
+        values = found[name][:, 0, 0]                                      # (B, T)
+        assert torch.equal(values.isnan(), ~queries)
+        expected = torch.as_tensor(expected, dtype=torch.float64)
+        assert torch.allclose(values[queries], expected, atol=1e-4)
+    behind_both = queries & (control.cumsum(1) > 0)
+    found = analyze.sharpen(model, idx, control, behind_both)
+    for name in analyze.CHANGES:
+        assert found[name][:, 0, 0][behind_both].abs().max() < 1e-6
+    assert not found["share"].any()  # the row is sharp: text is below exp(-H)
 
 
-def test_the_slope_is_checked_on_the_models_own_rows():
-    one, together = analyze.check_slopes(build(), text_with_meta((9, 12), T=60), every=2)
-    for pairs in (one, together):
-        assert len(pairs) > 100 and np.abs(pairs[:, 0] - pairs[:, 1]).max() < 1e-7
-        assert (pairs[:, 0] < 0).any() and (pairs[:, 0] > 0).any()
+@torch.no_grad()
+def test_the_share_of_pairs_that_meet_the_condition_is_counted_before_the_logits_rise():
+    model, idx = build(n_layer=1, n_head=1, pos="none"), text_with_meta((4, 7), T=32)
+    keys, block, n_met, n_pairs = idx == META, model.transformer.h[0], [0, 0], [0, 0]
+    x = block.ln_1(model.transformer.wte(idx).masked_fill(keys.unsqueeze(-1), 0))
+    q, k, _ = block.attn.c_attn(x).chunk(3, -1)
+    for row in range(2):
+        for i in range(32):
+            a = (k[row, :i + 1] @ q[row, i] / math.sqrt(16)).softmax(0)
+            H = -(a * a.log()).sum()
+            for j in range(i + 1):
+                if keys[row, j] and not keys[row, i]:
+                    n_pairs[row] += 1
+                    n_met[row] += bool(a[j] > math.exp(-H))
+    share = analyze.sharpen(model, idx, keys, ~keys)["share"][:, 0, 0]
+    assert share.tolist() == pytest.approx([n_met[0] / n_pairs[0], n_met[1] / n_pairs[1]])
+    assert 0 < n_met[0] < n_pairs[0]
+
+
+def test_sharpening_is_measured_behind_the_first_of_both_kinds(looked_into):
+    subject = analyze.Subject(settings.load(LOOK), ["sharpening"])
+    found = analyze.measure_sharpening(subject)
+    [idx] = [torch.cat(list(subject.batches("")))]
+    is_meta = idx == 257
+    control = analyze.random_text(is_meta, torch.Generator().manual_seed(subject.config.seed))
+    behind = (is_meta.cumsum(1) > 0) & (control.cumsum(1) > 0)
+    queries = behind & ~is_meta & ~control
+    assert found["values"] == queries.sum() * 4  # layers and heads
+    values = analyze.sharpen(subject.model, idx, control, queries)["drop"]
+    means = values.double().nanmean(-1).mean((1, 2))
+    drop = found["as many text tokens zeroed"]["drop"]
+    assert drop["mean"] == pytest.approx(means.mean().item(), abs=1e-6)
+    assert drop["median"] == pytest.approx(values[values.isfinite()].median().item(), abs=1e-3)
+    assert 98 < drop["histogram"]["percent"].sum() <= 100
 
 
 def test_a_planted_similarity_is_recovered():
-    angle = 0.1 * torch.arange(40, dtype=torch.float64)
-    x = 7 * torch.stack([angle.cos(), angle.sin()], -1).repeat(2, 1, 1)  # similarity at distance d: cos(d / 10)
+    angle = 0.1 * torch.arange(40, dtype=torch.float64)  # similarity at distance d: cos(d / 10)
+    x = 7 * torch.stack([angle.cos(), angle.sin()], -1).repeat(2, 1, 1)
     queries = torch.rand(2, 40) < 0.4
     found = analyze.similarity_by_distance(x, queries, ~queries, [1, 2, 3, 5, 100])
-    assert torch.allclose(found[:, :2], torch.tensor([0.1, 0.2], dtype=torch.float64).cos().expand(2, 2))
+    expected = torch.tensor([0.1, 0.2], dtype=torch.float64).cos().expand(2, 2)
+    assert torch.allclose(found[:, :2], expected)
     assert ((found[:, 2] > math.cos(0.4)) & (found[:, 2] < math.cos(0.3))).all()
     assert analyze.similarity_by_distance(x, queries & False, ~queries, [1, 5]).isnan().all()
 
 
-def test_losses_are_the_models_own():
+def test_losses_are_the_models_own(monkeypatch):
     model, idx = build(), text_with_meta((4, 7), T=40)
     x, y = idx[:, :-1], idx[:, 1:]
-    losses = analyze.text_losses(model, x, y)
-    assert torch.equal(losses.isnan(), y == META) and losses.nanmean().item() == pytest.approx(model(x, y)[1].item())
+    for numbers in (1 << 24, 1000):  # all logits at once, and in chunks
+        monkeypatch.setattr(analyze, "NUMBERS", numbers)
+        losses = analyze.text_losses(model, x, y)
+        assert torch.equal(losses.isnan(), y == META)
+        assert losses.nanmean().item() == pytest.approx(model(x, y)[1].item())
 
 
 def test_every_variant_of_length_is_a_model_that_can_be_built():
-    runs = analyze.runs_over_length(TINY, [16, 64, 128, 256])
-    assert {name: list(run) for name, run in runs.items()} == {
-        "as trained": [16, 64, 128, 256], "YaRN": [128, 256], "as trained, no_pos": [16, 64, 128, 256], "YaRN, no_pos": [128, 256]}
-    changed = build().reconfigured(**runs["YaRN, no_pos"][256]).config
-    assert (changed.block_size, changed.yarn_scale, changed.original_block_size, changed.zero_meta_pos) == (64, 4.0, 64, True)
-    learned = analyze.runs_over_length(replace(TINY, pos="absolute"), [16, 64, 128])
-    assert {name: list(run) for name, run in learned.items()} == {"as trained": [16, 64], "as trained, no_pos": [16, 64]}
-    assert list(analyze.runs_over_length(replace(TINY, pos="none", meta_id=None, meta_attention=False), [128])) == ["as trained"]
+    def lengths_of(runs):
+        return {name: list(run) for name, run in runs.items()}
+    runs = analyze.variants(TINY, [16, 64, 128, 256])
+    assert lengths_of(runs) == {
+        "as trained": [16, 64, 128, 256], "YaRN": [128, 256],
+        "as trained, no_pos": [16, 64, 128, 256], "YaRN, no_pos": [128, 256]}
+    c = build().reconfigured(**runs["YaRN, no_pos"][256]).config
+    assert (c.block_size, c.yarn_scale, c.original_block_size, c.zero_meta_pos) == (64, 4, 64, True)
+    learned = analyze.variants(replace(TINY, pos="absolute"), [16, 64, 128])
+    assert lengths_of(learned) == {"as trained": [16, 64], "as trained, no_pos": [16, 64]}
+    plain = replace(TINY, pos="none", meta_id=None, meta_attention=False)
+    assert list(analyze.variants(plain, [128])) == ["as trained"]
 
 
-LOOK = ["--dataset=d", "--device=cpu", "--analysis_blocks=4", "--bottleneck_examples=24", "--bottleneck_steps=4", "--bottleneck_seeds=2",
-        "--train_length=96", "--workers=1", "--meta_rate=0.2"]
+LOOK = ["--dataset=d", "--device=cpu", "--analysis_blocks=4", "--bottleneck_examples=24",
+        "--bottleneck_steps=4", "--bottleneck_seeds=2", "--train_length=96", "--workers=1",
+        "--meta_rate=0.2"]
 
 
 @pytest.fixture
 def looked_into(workplace):
-    """A folder with data in blocks of 96 tokens, and an untrained checkpoint out/ckpt.pt for them."""
+    """Data in blocks of 96 tokens, and an untrained checkpoint out/ckpt.pt for them."""
     prepare.prepare(configure("--block_size=96", "--meta_rate=0.2"))
     os.makedirs("out")
     save_model("out/ckpt.pt", block_size=96, n_layer=2)
@@ -2168,17 +2258,22 @@ def looked_into(workplace):
 
 
 def test_a_planted_loss_is_found_where_it_is(looked_into, monkeypatch):
-    """A loss that is the share of what is read: by position its middle, in the tail the same for every context."""
-    monkeypatch.setattr(analyze, "text_losses", lambda model, x, y: (torch.arange(x.size(1)) / x.size(1)).expand(x.shape))
-    monkeypatch.setattr(analyze, "TOKENS", 200)  # less than one sequence
+    """A loss that grows from 0 to 1 over what is read: the same tail for every context."""
+    monkeypatch.setattr(analyze, "text_losses", lambda model, x, y: (
+        torch.arange(x.size(1)) / x.size(1)).expand(x.shape))
+    monkeypatch.setattr(rate_distortion, "TOKENS", 200)  # less than one sequence
     analyze.main([*LOOK, "--what=perplexity"])
-    with open("out/analysis/perplexity.json") as file:
-        figures = json.load(file)["figures"]
+    figures = result_of("perplexity")
     assert figures["sequences"] == 4 and figures["window"] == 96
-    assert figures["by_position"]["as trained"]["mean"] == pytest.approx([(12 * i + 5.5) / 384 for i in range(32)], abs=1e-5)
+    expected = [(12 * i + 5.5) / 384 for i in range(32)]
+    assert figures["by_position"]["as trained"]["mean"] == pytest.approx(expected, abs=1e-5)
+    by_context = figures["by_context"]
+    assert list(by_context["as trained"]) == ["24", "48", "96", "192", "384"]
     for length in (96, 192, 384):
-        assert figures["by_context"]["as trained, no_pos"][str(length)]["mean"] == pytest.approx(1 - 6.5 / length, abs=1e-5)
-    assert figures["by_context"]["YaRN"]["384"]["minus_one_window"]["low"] == pytest.approx(6.5 / 96 - 6.5 / 384, abs=1e-5)
+        mean = by_context["as trained, no_pos"][str(length)]["mean"]
+        assert mean == pytest.approx(1 - 6.5 / length, abs=1e-5)
+    low = by_context["YaRN"]["384"]["minus_one_window"]["low"]
+    assert low == pytest.approx(6.5 / 96 - 6.5 / 384, abs=1e-5)
 
 
 def test_analysis_writes_all_its_parts(looked_into, monkeypatch, capsys):
@@ -2188,16 +2283,22 @@ def test_analysis_writes_all_its_parts(looked_into, monkeypatch, capsys):
     for name in analyze.PARTS:
         with open(f"out/analysis/{name}.json") as file:
             result = json.load(file, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-        assert result["what"] == name and result["checkpoint"]["step"] == 7 and result["config"]["analysis_blocks"] == 4
-        assert result["command"].startswith("python analyze.py --dataset=d") and len(result["checkpoint"]["sha256_of_weights"]) == 64
-        assert open(f"out/analysis/{name}.png", "rb").read(4) == b"\x89PNG" and result["summary"][0] in out
+        assert result["what"] == name and result["summary"][0] in out
+        assert result["checkpoint"]["step"] == 7 and result["config"]["analysis_blocks"] == 4
+        assert len(result["checkpoint"]["sha256_of_weights"]) == 64
+        assert result["command"].startswith("python analyze.py --dataset=d")
+        assert open(f"out/analysis/{name}.png", "rb").read(4) == b"\x89PNG"
     panels = result_of("rate_distortion")["panels"]
-    assert [list(panel["curves"]) for panel in panels] == [["out"], [
-        "the mark behind the queried list", "the text token before that", "mean over the text up to there"],
+    assert [list(panel["curves"]) for panel in panels] == [
+        ["out"],
+        ["the mark behind the queried list", "the text token before that",
+         "mean over the text up to there"],
         ["the meta-token", "the text token before it"]]
-    assert np.shape(panels[0]["curves"]["out"]["rate"]) == (10, 2) and panels[0]["examples"] == {"train": 24, "validation": 6, "test": 12}
-    assert not [name for name in os.listdir("out/analysis") if name.endswith(".tmp")]
-    monkeypatch.setattr(analyze, "read", lambda *_: pytest.fail("features were computed again"))
+    assert np.shape(panels[0]["curves"]["out"]["rate"]) == (10, 2)
+    assert panels[0]["examples"] == {"train": 24, "validation": 6, "test": 12}
+    assert not glob.glob("out/analysis/*.tmp")
+    monkeypatch.setattr(rate_distortion, "final_states",
+                        lambda *_: pytest.fail("features were computed again"))
     analyze.main([*LOOK, "--what=rate_distortion"])
 
 
@@ -2206,21 +2307,49 @@ def result_of(name, folder="out/analysis"):
         return json.load(file)["figures"]
 
 
+def test_attention_on_meta_tokens_is_measured_behind_the_first(looked_into):
+    """A prompt whose attention is uniform: in layer 1 without positions, queries of 0."""
+    checkpoint_of_zeros = checkpoint.load("out")
+    for name, weights in checkpoint_of_zeros["model"].items():
+        if "c_attn" in name:
+            weights.zero_()
+    checkpoint.save("out/ckpt.pt", checkpoint_of_zeros)
+    analyze.main([*LOOK, "--what=attention"])
+    figures = result_of("attention")
+    shares = figures["attention_on_meta_tokens"]
+    is_meta = np.array([name == prepare.META for name in figures["tokens"]])
+    uniform = is_meta.cumsum() / np.arange(1, len(is_meta) + 1)
+    is_behind = np.arange(len(is_meta)) > is_meta.argmax()
+    for kind, rows in (("text", ~is_meta), ("meta", is_meta)):
+        own = shares[f"of {kind} queries"]
+        assert own["queries"] == (rows & is_behind).sum()
+        assert own["if_uniform"] == pytest.approx(uniform[rows & is_behind].mean(), abs=1e-5)
+        assert np.allclose(own["per_layer_and_head"], own["if_uniform"], atol=1e-5)
+
+
 @pytest.mark.parametrize("args, expected", [
-    (["--what=sharpness"], "what=sharpness: no part sharpness; there are sharpening, residual, attention, rate_distortion, perplexity"),
-    (["--init_from=plain.pt"], "sharpening, residual, attention: the checkpoint has no meta-tokens; it allows --what=rate_distortion,perp"),
-    (["--init_from=plain.pt", "--what=perplexity"], "data/d has 19 meta-tokens a block, but the checkpoint is one without meta-tokens"),
+    (["--what=sharpness"], "what=sharpness: no part sharpness; there are sharpening, residual, "
+     "attention, rate_distortion, perplexity"),
+    (["--init_from=plain.pt"], "sharpening, residual, attention: the checkpoint has no "
+     "meta-tokens; it allows --what=rate_distortion,perplexity"),
+    (["--init_from=plain.pt", "--what=perplexity"],
+     "data/d has 19 meta-tokens a block, but the checkpoint is one without meta-tokens"),
     (["--dataset=nothing"], "no data in data/nothing: run python prepare.py"),
-    (["--what=attention", "--start=x", "--seed=1"], "the prompt of 1 tokens has no meta-token inside, at meta_rate=0.2"),
-    (["--what=attention", f"--start={'x' * 99}"], "but a map has room for 96: give a shorter --start="),
+    (["--what=attention", "--start=x", "--seed=1"],
+     "the prompt of 1 tokens has no meta-token inside, at meta_rate=0.2"),
+    (["--what=attention", f"--start={'x' * 99}"],
+     "but a map has room for 96: give a shorter --start="),
     (["--what=attention", "--meta_rate=0"], "has no meta-token inside, at meta_rate=0.0"),
-    (["--what=rate_distortion", "--compare=out"], "compare=out: out was not tuned by eval_synthetic.py"),
-    (["--what=rate_distortion", "--compare=gone.pt"], "compare=gone.pt: no checkpoint gone.pt"),
-    (["--what=rate_distortion", "--compare=parity.pt"], "is about List Recall in tokens of bytes, but parity was tuned on parity"),
-    (["--what=rate_distortion", "--compare=a.pt,b.pt"], "tuned at different lengths, 96, 192 tokens"),
-    (["--what=rate_distortion", "--compare=a.pt,a.pt"], "two models of one name among out, a, a: rename a file"),
+    (["--what=rate_distortion", "--compare=out"], "out was not tuned by eval_synthetic.py"),
+    (["--what=rate_distortion", "--compare=gone.pt"], "no checkpoint gone.pt"),
+    (["--what=rate_distortion", "--compare=parity.pt"],
+     "is about List Recall in tokens of bytes, but parity was tuned on parity"),
+    (["--what=rate_distortion", "--compare=a.pt,b.pt"], "tuned at different lengths, 96, 192"),
+    (["--what=rate_distortion", "--compare=a.pt,a.pt"],
+     "two models of one name among out, a, a: rename a file"),
     (["--what=rate_distortion", "--train_length=64"], "List Recall needs 83 tokens"),
-    (["--what=perplexity", "--block_size=9999"], "two sequences of four windows, block_size=9999, take"),
+    (["--what=perplexity", "--block_size=9999"],
+     "two sequences of four windows, block_size=9999, take"),
     (["--init_from=nowhere"], "no checkpoint nowhere"),
     (["--analysis_blocks=0"], "analysis_blocks=0 must be positive"),
 ])
@@ -2234,10 +2363,12 @@ def test_what_cannot_be_looked_into_is_refused_in_one_line(looked_into, args, ex
 
 def test_a_checkpoint_without_meta_tokens_has_its_perplexity(workplace):
     prepare.prepare(configure("--block_size=96", "--meta_rate=0"))
-    save_model("plain.pt", block_size=96, pos="absolute", meta_id=None, meta_attention=False, text_vocab_size=257)
+    save_model("plain.pt", block_size=96, pos="absolute", meta_id=None, meta_attention=False,
+               text_vocab_size=257)
     analyze.main([*LOOK, "--init_from=plain.pt", "--what=perplexity"])
     figures = result_of("perplexity", "analysis/plain")
-    assert figures["impossible"] == "learned positions end at 96" and list(figures["by_context"]["as trained"]) == ["24", "48", "96"]
+    assert figures["impossible"] == "learned positions end at 96"
+    assert list(figures["by_context"]["as trained"]) == ["24", "48", "96"]
 
 
 # --------------------------------------------------------------------------------------
@@ -2245,14 +2376,18 @@ def test_a_checkpoint_without_meta_tokens_has_its_perplexity(workplace):
 
 def test_the_rate_is_the_kl_to_the_prior():
     mu, log_var = torch.randn(2, 5, 7, dtype=torch.float64)
-    normal = torch.distributions.Normal
-    expected = torch.distributions.kl_divergence(normal(mu, (log_var / 2).exp()), normal(torch.zeros_like(mu), torch.ones_like(mu)))
-    assert torch.allclose(analyze.kl_to_prior(mu, log_var), expected.sum(-1))
+    own = torch.distributions.Normal(mu, (log_var / 2).exp())
+    prior = torch.distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu))
+    expected = torch.distributions.kl_divergence(own, prior).sum(-1)
+    assert torch.allclose(rate_distortion.kl_to_prior(mu, log_var), expected)
 
 
 def test_a_gaussian_source_gives_its_known_curve(monkeypatch):
-    """y is Gaussian in 30 bins, h has correlation rho with it: D(R) = H(y) + log(1 - rho^2 (1 - exp(-2 R))) / 2, of slope -beta."""
-    monkeypatch.setattr(analyze, "LATENT", 4)
+    """y is Gaussian in 30 bins, h correlates with it by rho. So, with a slope of -beta,
+
+    D(R) = H(y) + log(1 - rho^2 (1 - exp(-2 R))) / 2.
+    """
+    monkeypatch.setattr(rate_distortion, "LATENT", 4)
     torch.manual_seed(0)
     rho, betas, edges = 0.8, (0.05, 0.2, 0.4), torch.linspace(-2.4, 2.4, 29)
     x, y = {}, {}
@@ -2263,20 +2398,22 @@ def test_a_gaussian_source_gives_its_known_curve(monkeypatch):
     cdf = F.pad(torch.distributions.Normal(0, 1).cdf(edges), (1, 1))
     cdf[-1] = 1
     entropy = torch.distributions.Categorical(cdf.diff()).entropy().item()
-    D, R = analyze.rate_distortion_curve(x, y, betas, seeds=2, steps=800, lr=0.05)
+    D, R = rate_distortion.rate_distortion_curve(x, y, betas, seeds=2, steps=800, lr=0.05)
     assert D.shape == R.shape == (3, 2)
     known = entropy + 0.5 * np.log(1 - rho**2 * (1 - np.exp(-2 * R)))
-    assert (D - known).min() > -0.02 and (D - known).max() < 0.06  # the best there is, but for the noise of 8000 examples
-    best_rate = [-0.5 * math.log(beta * (1 - rho**2) / (rho**2 * (1 - beta))) for beta in betas]
-    assert np.abs(R.mean(1) - best_rate).max() < 0.2
+    excess = D - known  # at best 0, but for the noise of 8000 examples
+    assert excess.min() > -0.02 and excess.max() < 0.06
+    best = [-0.5 * math.log(beta * (1 - rho**2) / (rho**2 * (1 - beta))) for beta in betas]
+    assert np.abs(R.mean(1) - best).max() < 0.2
 
 
 def save_tuned(path, length=96, **changes):
     """A checkpoint as eval_synthetic.py leaves it."""
     save_model(path, block_size=96)
-    checkpoint = torch.load(path)
-    stream = {"task": "list_recall", "placement": "all", "mark": 257, "tokenizer": "bytes", "seed": 3} | changes
-    train.save(path, checkpoint | {"run": {"stream": stream, "train_length": length}})
+    stream = {"task": "list_recall", "placement": "all", "mark": 257, "tokenizer": "bytes",
+              "seed": 3} | changes
+    run = {"stream": stream, "train_length": length}
+    checkpoint.save(path, torch.load(path) | {"run": run})
 
 
 def test_models_are_compared_on_the_same_examples(looked_into):
@@ -2286,44 +2423,53 @@ def test_models_are_compared_on_the_same_examples(looked_into):
     analyze.main([*LOOK, "--init_from=out/a.pt", "--compare=out/b.pt", "--what=rate_distortion"])
     panels = result_of("rate_distortion", "out/analysis/a")["panels"]
     assert list(panels[0]["curves"]) == ["a", "b"]
-    answers = {str(torch.load(path)["y"].tolist()) for path in glob.glob("out/analysis/a/features*") if "answer" in torch.load(path)}
-    assert len(answers) == 3  # train, validation and test, each equal for both
+    features = [torch.load(path) for path in glob.glob("out/analysis/a/features*")]
+    answers = {str(own["y"].tolist()) for own in features if "answer" in own}
+    assert len(features) == 6 and len(answers) == 3  # each split's are the same for both
 
 
-def test_states_within_a_prompt_are_taken_at_the_queried_list(monkeypatch):
+@pytest.mark.parametrize("placement", ["task", "all"])
+def test_states_within_a_prompt_are_taken_at_the_queried_list(monkeypatch, placement):
     """The planted state of a token is its own position."""
-    monkeypatch.setattr(analyze, "read", lambda model, x, visit: visit(torch.arange(x.size(1)).expand(x.shape).unsqueeze(-1).float()))
-    monkeypatch.setattr(analyze, "on_final", lambda model, visit: visit)
-    stream = eval_synthetic.Stream("list_recall", "all", 257, "bytes", 0)
+    monkeypatch.setattr(rate_distortion, "final_states", lambda model, x: torch.arange(
+        x.size(1)).expand(x.shape).unsqueeze(-1).float())
+    stream = eval_synthetic.Stream("list_recall", placement, 257, "bytes", 0)
     examples = [eval_synthetic.draw(stream, "test", 256, i) for i in range(20)]
     monkeypatch.setattr(eval_synthetic, "draw_split", lambda *_: examples)
-    reader = SimpleNamespace(stream=stream, model=None, label="")
-    features = analyze.Reader.features(reader, "test", 256, 20, "cpu", None)
+    reader = rate_distortion.Reader(None, "", stream, 256)
+    features = rate_distortion.recall_features(reader, "test", 20, 256, "cpu", None)
     for i, e in enumerate(examples):
         text = "".join("#" if token == 257 else chr(token) for token in e.tokens)
         name = re.search(r"of list (\w+)\?", text)[1]
         at = text.index(".#", text.index(f"List {name}: ")) + 1
-        assert [features[key][i].item() for key in ("meta", "text", "answer")] == [at, at - 1, text.index("Answer:# ") + 8]
+        found = [features[key][i].item() for key in ("meta", "text", "answer")]
+        assert found == [at, at - 1, text.index("Answer:# ") + 8]
         assert chr(features["first"][i]) == e.answer[1]
-        assert features["mean"][i].item() == pytest.approx(np.mean([j for j in range(at) if text[j] != "#"]))
+        before = [j for j in range(at) if text[j] != "#"]
+        assert features["mean"][i].item() == pytest.approx(np.mean(before))
         assert eval_synthetic.ITEMS[features["y"][i]] == e.answer.strip()
 
 
 def test_next_tokens_are_the_same_from_both_places(looked_into):
-    config = settings.load([*LOOK])
-    blocks = train.Blocks(config, prepare.read_manifest(config), "val")
+    manifest = prepare.read_manifest(settings.load([*LOOK]))
+    blocks = train.Blocks("data/d", manifest, "val")
     model = small_model(block_size=96, n_layer=1)
-    states = analyze.next_token_features(model, blocks, np.arange(2), 1000, "cpu")
-    rows = np.random.default_rng(0).permutation(np.arange(2))
-    expected = [(row[i], row[i + 1]) for x, y in [blocks.batch(rows)] for row in torch.cat([x, y[:, -1:]], 1).tolist()
-                for i in range(1, 96) if row[i] == 257 and row[i - 1] != 257 and row[i + 1] != 257]
-    assert states["y"].tolist() == [y for _, y in expected] and len(states["meta"]) == len(states["text"]) == len(expected) > 10
+    states = rate_distortion.next_token_features(model, blocks, range(2), 1000, "cpu")
+    x, y = blocks.batch(np.random.default_rng(0).permutation(range(2)))
+    expected = []
+    for row in torch.cat([x, y[:, -1:]], 1).tolist():
+        for i in range(1, 96):
+            if row[i] == 257 and row[i - 1] != 257 and row[i + 1] != 257:
+                expected.append(row[i + 1])
+    assert states["y"].tolist() == expected and len(expected) > 10
+    assert len(states["meta"]) == len(states["text"]) == len(expected)
 
 
 def test_text_too_short_for_three_parts_is_refused():
     subject = SimpleNamespace(blocks=[0, 1], device="cpu", config=settings.load([]))
+    sizes = {"train": 4, "validation": 1, "test": 2}
     assert "2 validation blocks cannot be cut into three parts" in refusal(
-        analyze.next_token_lines, subject, {"train": 4, "validation": 1, "test": 2})
+        rate_distortion.plain_text_panel, subject, sizes)
 
 
 # --------------------------------------------------------------------------------------
