@@ -182,7 +182,7 @@ class DenseGPT(GPT):
         for block in self.transformer.h:
             block.__class__ = DenseBlock
 
-    def _find_meta(self, is_meta, positions, n_meta):
+    def find_meta(self, is_meta, positions, n_meta):
         return DenseMeta(is_meta)
 
 

@@ -1,8 +1,8 @@
 """GPT-2 with learned meta-tokens (Shah et al., arXiv 2509.16278), in one file.
 
-What is notable, against GPT-2 and nanoGPT:
+What differs from GPT-2 and nanoGPT:
 - a meta-token: one learned token, scattered over the text, that is never a target
-- meta-attention: a second attention in every block, among meta-tokens alone. It runs
+- meta-attention: a second attention in every block, among meta-tokens only. It runs
   on the gathered meta-tokens, so it costs next to nothing and needs no T x T mask
 - rotary positions (RoPE), extended to longer windows by YaRN; learned positions, or
   none, also work
@@ -37,8 +37,8 @@ class GPTConfig:
     rope_base: float = 10000.0
     yarn_scale: float = 1.0             # YaRN's s: window / original window; 1: plain RoPE
     original_block_size: int | None = None  # the window before YaRN; None: this block_size
-    beta_fast: float = 32.0             # YaRN: turns above which a frequency stays
-    beta_slow: float = 1.0              # YaRN: turns below which it is divided by s
+    beta_fast: float = 32.0             # YaRN keeps what turns more often per original window,
+    beta_slow: float = 1.0              # and divides by s what turns less often than this
     meta_id: int | None = 50257         # None: a model without meta-tokens
     meta_attention: bool = True
     zero_meta_pos: bool = False         # "No Pos": meta-tokens have no position
@@ -46,7 +46,7 @@ class GPTConfig:
     text_vocab_size: int | None = None  # ids below it may be sampled; None: those below meta_id
 
     def __post_init__(self):
-        if self.original_block_size is None:  # set it now: replace(block_size=...) keeps it
+        if self.original_block_size is None:  # so that replace() can change the window alone
             self.original_block_size = self.block_size
         if self.text_vocab_size is None:
             self.text_vocab_size = self.vocab_size if self.meta_id is None else self.meta_id
@@ -74,7 +74,7 @@ class GPTConfig:
 
 
 class CausalSelfAttention(nn.Module):
-    """softmax(Q K^T / sqrt(hs) + causal mask) V, of all tokens or meta-tokens only."""
+    """softmax(Q K^T / sqrt(hs) + causal mask) V, among all tokens or meta-tokens."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -93,8 +93,8 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)    # (B, nh, T, hs)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        mask = None
-        if cache is not None:  # all keys and values so far, and which of them to see
+        mask = None                             # None: causal
+        if cache is not None:                   # (B, nh, S, hs): of the tokens before, too
             k, v, mask = cache.update(self.layer, k, v)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None,
@@ -118,28 +118,29 @@ class MLP(nn.Module):
 class MetaTokens:
     """Where a batch has its meta-tokens: gathers their rows, and adds updates to them.
 
-    The paper (section 3) writes meta-attention over all T tokens, with a causal mask M:
+    The paper (section 3) writes meta-attention over all T tokens:
 
-        softmax(Q K^T / sqrt(d_k) + M + P) V,   P[i, j] = 0 if i and j are meta-tokens,
-                                                          -inf otherwise
+        softmax(Q K^T / sqrt(d_k) + causal mask + P) V,
+        P[i, j] = 0 if i and j are meta-tokens, else -inf
 
-    A text token's row of P is all -inf: it sees nothing, and we give it no update.
-    Among the meta-tokens, in their order, M + P is just a causal mask. So we gather
-    their rows, run ordinary causal attention on these, and add the result back.
+    A text token's row of P is all -inf: it sees nothing, and gets no update. Among the
+    meta-tokens, in their order, the two masks together are just a causal mask. So we
+    gather their rows, run ordinary causal attention on these, and add the result back.
     """
 
     def __init__(self, is_meta, n_meta):
-        """is_meta (B, T), bool; n_meta: an upper bound on the meta-tokens of a row."""
+        """is_meta (B, T), bool; n_meta: no sequence has more of them (M in shapes)."""
+        # Positions sorted by (0 for a meta-token, 1 for text), else in their order
         meta_first = (~is_meta).int().argsort(dim=1, stable=True)          # (B, T)
         self.index = meta_first[:, :n_meta]                                # (B, M)
         self.is_real = is_meta.gather(1, self.index)                       # (B, M)
-        self.rope = None                        # cos and sin at self.index, with RoPE
+        self.rope = None                        # cos and sin; GPT.find_meta sets it
 
     def gather(self, x):
         """The rows of the meta-tokens: (B, T, C) -> (B, M, C).
 
-        A sequence with fewer than M of them is filled up with rows of text at the end.
-        Causality hides these from the real rows, and `add` drops them.
+        A sequence with fewer than M of them is padded with text behind its meta-tokens.
+        Causality hides the padding from the real rows, and `add` drops it.
         """
         return x.gather(1, self.index.unsqueeze(-1).expand(-1, -1, x.size(-1)))
 
@@ -161,7 +162,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, rope, meta=None, cache=None, meta_cache=None):
-        """x (B, T, C) -> (B, T, C). meta None: nothing to do for meta-attention."""
+        """x (B, T, C) -> (B, T, C). meta None: no meta-tokens, or no meta-attention."""
         x = x + self.attn(self.ln_1(x), rope, cache)
         if meta is not None:
             rows = meta.gather(x)                                          # (B, M, C)
@@ -176,9 +177,9 @@ class Block(nn.Module):
 def rope_frequencies(config, device=None):
     """RoPE's angular frequencies, changed by YaRN (Peng et al. 2023, "NTK-by-parts").
 
-    Returns (inv_freq, attention_scale): float32 (hs/2,), in radians per position, and
-    what multiplies cos and sin, so both q and k. With yarn_scale <= 1 it is plain RoPE,
-    and the scale is 1.
+    Returns (inv_freq, attention_scale): float32 (hs/2,), in radians per position, and a
+    factor on cos and sin. It scales q and k alike, and so the scores by its square.
+    With yarn_scale <= 1 this is plain RoPE, and the factor is 1.
     """
     d, s = config.head_dim, config.yarn_scale
     exponents = torch.arange(0, d, 2, dtype=torch.float32, device=device) / d
@@ -187,7 +188,7 @@ def rope_frequencies(config, device=None):
         return inv_freq, 1.0
 
     def index_of(turns):
-        """The index i, a fraction, of the frequency with so many turns in the window.
+        """The (fractional) index of the frequency that turns so often per window.
 
         It solves 2 pi base^(2i / d) = original window / turns for i.
         """
@@ -195,7 +196,7 @@ def rope_frequencies(config, device=None):
         return d * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_base))
 
     # The fast frequencies, up to index `low`, stay. The slow ones, from `high` on, are
-    # divided by s. (The bound d - 1 is YaRN's own, though the last index is d/2 - 1.)
+    # divided by s. (The bound d - 1 is from YaRN's code, though the last is d/2 - 1.)
     low = max(math.floor(index_of(config.beta_fast)), 0)
     high = min(math.ceil(index_of(config.beta_slow)), d - 1)
     index = torch.arange(d // 2, dtype=torch.float32, device=device)
@@ -204,7 +205,7 @@ def rope_frequencies(config, device=None):
 
 
 def rope_tables(config, positions):
-    """cos and sin of all angles: positions (B or 1, T) -> each (B or 1, 1, T, hs/2)."""
+    """cos and sin of the angles: positions (B or 1, T) -> (B or 1, 1, T, hs/2) each."""
     inv_freq, attention_scale = rope_frequencies(config, positions.device)
     angles = positions[:, None, :, None] * inv_freq                        # float32
     return angles.cos() * attention_scale, angles.sin() * attention_scale
@@ -226,13 +227,16 @@ LOGITS_AT_ONCE = 2**28  # 1 GiB in float32
 class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(x @ weight.T, targets, ignore_index=-1), a chunk at a time.
 
-    All logits, (B T, vocab_size), would take more memory than all else in a step. So
+    All logits, (B T, vocab_size), would take more memory than everything else. So
     the forward pass turns each chunk of them into its loss and its gradients, then
     frees it; the backward pass only scales these gradients.
     """
     @staticmethod
     def forward(ctx, x, weight, targets, needs_grad):
-        """x (N, C), weight (vocab_size, C), targets (N,) -> mean loss in nats."""
+        """x (N, C), weight (vocab_size, C), targets (N,) -> mean loss in nats.
+
+        needs_grad is an argument because grad mode is always off in here.
+        """
         chunk = max(LOGITS_AT_ONCE // len(weight), 1)
         dtype = torch.promote_types(x.dtype, torch.float32)
         loss = torch.zeros((), dtype=dtype, device=x.device)
@@ -249,7 +253,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             loss -= (log_p * is_target).sum()
             if needs_grad:
                 # d loss / d logits = softmax - one_hot, and 0 where there is no target.
-                # p - 1 is computed in float32, then written over p.
+                # p - 1 in float32: in bfloat16, a p near 1 has rounded to 1.
                 softmax = logits.sub_(log_z).exp_().mul_(is_target).to(product.dtype)
                 p_minus_1 = ((log_p.exp() - 1) * is_target).to(product.dtype)
                 grad = softmax.scatter_(1, y, p_minus_1)
@@ -296,14 +300,14 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def num_params(self):
-        """All parameters but learned positions, as nanoGPT counts them (124M)."""
+        """All parameters but learned positions, as nanoGPT counts (GPT-2: 124M)."""
         return sum(p.numel() for name, p in self.named_parameters() if "wpe" not in name)
 
     def flops_per_token(self, T, n_meta=0):
         """Floating-point operations per token, forward and backward, in a window of T.
 
-        6 per parameter and 12 C T per attention layer (PaLM, appendix B, as nanoGPT).
-        Meta-attention is computed at n_meta of the T tokens and counts by that share.
+        6 per parameter, and 12 C T per attention layer, as in nanoGPT (PaLM, appendix B).
+        Meta-attention is computed at n_meta of T tokens, and weighted by that share.
         """
         c = self.config
         meta_params = sum(p.numel() for name, p in self.named_parameters() if "meta" in name)
@@ -317,9 +321,9 @@ class GPT(nn.Module):
         """Return (logits, None), or with targets (None, loss).
 
         idx (B, T): token ids; targets (B, T): the next ones, -1 where there is nothing
-        to predict; logits (B, T, vocab_size); loss: see `loss`. n_meta: an upper bound
-        on the number of meta-tokens in a row (those above it would be left out of
-        meta-attention). Without it they are counted, and the host waits for the GPU.
+        to predict; logits (B, T, vocab_size); loss: see `loss`. n_meta: how many
+        meta-tokens a sequence has at most (meta-attention would leave out any more).
+        Without it they are counted, which makes the host wait for the GPU.
         """
         x = self.hidden_states(idx, n_meta)                                # (B, T, C)
         if targets is None:
@@ -327,9 +331,9 @@ class GPT(nn.Module):
         return None, self.loss(x, targets)
 
     def loss(self, x, targets):
-        """Mean cross-entropy in nats, of hidden states x (B, T, C) and targets (B, T).
+        """Mean cross-entropy in nats, for hidden states x (B, T, C) and targets (B, T).
 
-        It leaves out targets of -1 and meta-tokens: no model is trained to predict a
+        It ignores targets of -1 and meta-tokens: no model is trained to predict a
         meta-token (paper, section 3).
         """
         if self.config.meta_id is not None:
@@ -341,18 +345,20 @@ class GPT(nn.Module):
         """The last hidden states, after ln_f: idx (B, T) -> (B, T, C).
 
         n_meta: see `forward`. caches: a KVCache (sample.py) of attention and one of
-        meta-attention; idx continues what they hold.
+        meta-attention; idx then holds only the tokens that they have not seen.
         Raises ValueError if there are more tokens than learned positions.
         """
         c, T = self.config, idx.size(1)
         if c.pos == "absolute" and c.block_size < T:
             raise ValueError(f"{T} tokens, but learned positions for block_size={c.block_size}")
-        is_meta = idx == (-1 if c.meta_id is None else c.meta_id)          # (B, T)
+        meta_id = -1 if c.meta_id is None else c.meta_id  # no token has the id -1
+        is_meta = idx == meta_id                                           # (B, T)
         cache, meta_cache = caches or (None, None)
         if cache is None:
             positions = torch.arange(T, device=idx.device)
         else:
-            positions = cache.advance(is_real=torch.ones_like(is_meta))    # (T,)
+            is_real = torch.ones_like(is_meta)
+            positions = cache.advance(is_real)  # (T,): makes room for them in the cache
         positions = positions.unsqueeze(0)                                 # (1, T)
 
         x = self.transformer.wte(idx)                                      # (B, T, C)
@@ -365,18 +371,20 @@ class GPT(nn.Module):
             x = x + pos_emb
         x = F.dropout(x, c.dropout, self.training)
 
-        if c.zero_meta_pos:  # at position 0, RoPE turns nothing
-            positions = positions.masked_fill(is_meta, 0)                  # (B, T)
-        rope = rope_tables(c, positions) if c.pos == "rope" else None
-        meta = self._find_meta(is_meta, positions, n_meta)
+        rope = None
+        if c.pos == "rope":
+            if c.zero_meta_pos:  # at position 0, RoPE turns nothing
+                positions = positions.masked_fill(is_meta, 0)              # (B, T)
+            rope = rope_tables(c, positions)
+        meta = self.find_meta(is_meta, positions, n_meta)
         if meta is not None and meta_cache is not None:
-            meta_cache.advance(meta.is_real)    # later tokens must not see what fills up
+            meta_cache.advance(meta.is_real)    # later tokens must not see the padding
         for block in self.transformer.h:
             x = block(x, rope, meta, cache, meta_cache)
         return self.transformer.ln_f(x)
 
-    def _find_meta(self, is_meta, positions, n_meta):
-        """MetaTokens of is_meta (B, T), or None if meta-attention has nothing to do."""
+    def find_meta(self, is_meta, positions, n_meta):
+        """MetaTokens of is_meta (B, T); None without any, or without meta-attention."""
         if not self.config.meta_attention:
             return None
         if n_meta is None:
@@ -384,7 +392,7 @@ class GPT(nn.Module):
         if n_meta == 0:
             return None
         meta = MetaTokens(is_meta, n_meta)
-        if self.config.pos == "rope":           # their places in the window, not 0 to M - 1
+        if self.config.pos == "rope":           # positions in the window, not 0 to M - 1
             meta_positions = positions.expand_as(is_meta).gather(1, meta.index)    # (B, M)
             meta.rope = rope_tables(self.config, meta_positions)
         return meta
@@ -399,11 +407,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, **options):
-        """The prompt idx (B, T) and what follows, meta-tokens included: (B, T + n).
+        """The prompt idx (B, T) and what follows it, meta-tokens included.
 
         options: see `stream` in sample.py.
         """
-        from sample import stream  # here, as sample.py imports this file
+        from sample import stream  # imported here because sample.py imports this file
         return torch.cat([idx, *stream(self, idx, max_new_tokens, **options)], dim=1)
 
     def reconfigured(self, **changes):
@@ -418,11 +426,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def with_meta_tokens(self, meta_id, meta_attention=True):
-        """A copy with meta-tokens, of a model without. Text alone gets the same logits.
+        """A copy, with meta-tokens added. For text, its logits of text are the same.
 
         Meta-attention's output starts at zero. New rows of the embedding start at the
-        mean of the text's. At zero they would have logits of 0, and a trained GPT-2
-        gives text logits far below 0.
+        mean of the text's. (At zero their logits would be 0, and a trained GPT-2 has
+        logits far below 0: they would take all the probability.)
         """
         c = self.config
         vocab_size = max(c.vocab_size, pad_vocab(meta_id + 1))

@@ -2,17 +2,13 @@
 
     python train.py config/quickstart.py                 # five minutes on a laptop
     python train.py config/meta_gpt2_h100.py             # the paper's model on one GPU
-    torchrun --nproc_per_node=8 train.py                 # on eight: it is the default
+    torchrun --nproc_per_node=8 train.py                 # the same model on eight GPUs
 
 What a step reads, its learning rate and its dropout depend only on the settings and the
 step number (and on the clock, if max_minutes is set). So a run that was killed and
-resumed goes on as if nothing had happened, and more processes take the same steps.
-out_dir gets ckpt.pt (the latest state), best.pt (the one with the lowest validation
-loss), log.jsonl and loss.png.
-
-config knows where each setting comes from. config.given(name): a config file or the
-command line has set it; config.typed(name): the command line has.
-config.checked(function, ...) turns a ValueError into one line for the user.
+resumed goes on as if nothing had happened, and a run on eight processes takes the same
+steps as on one. out_dir gets ckpt.pt (the latest state), best.pt (the one with the
+lowest validation loss), log.jsonl and loss.png.
 """
 import math
 import os
@@ -34,8 +30,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-# A resumed run takes its settings from the checkpoint, unless they are given again.
-# These it never takes from there:
+# Below, `config` is a Config: all settings, and where each was set.
+#   config.given(name)              whether a config file or the command line has set it
+#   config.typed(name)              whether the command line has
+#   config.remember(saved, names)   takes those that were not given from a dictionary
+#   config.checked(function, ...)   calls it, and turns a ValueError into config.error
+#   config.error(message)           a SystemExit of one line, to be raised
+
+# A resumed run remembers all settings of the checkpoint but these:
 OF_THIS_RUN = {"init_from", "out_dir", "overwrite", "eval_only", "device", "dtype", "compile"}
 
 
@@ -43,9 +45,9 @@ OF_THIS_RUN = {"init_from", "out_dir", "overwrite", "eval_only", "device", "dtyp
 # Data: which blocks a step reads
 
 def shuffled(positions, n, seed, epoch):
-    """Where a pseudo-random permutation of range(n) sends positions (uint64 array).
+    """Apply a pseudo-random permutation of range(n) to positions, an array of uint64.
 
-    This is an epoch's order without a table of it. A Feistel network permutes
+    This gives the order of an epoch without storing it. A Feistel network permutes
     range(4**half), the smallest such range that holds n numbers. A result of n or more
     is permuted again, until it is below n.
     """
@@ -55,7 +57,7 @@ def shuffled(positions, n, seed, epoch):
 
     def permute(values):
         left, right = values >> half, values & low_bits
-        for key in keys:
+        for key in keys:  # the constants are splitmix64's; the products wrap around
             mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
             left, right = right, left ^ ((mixed >> np.uint64(32)) & low_bits)
@@ -68,7 +70,7 @@ def shuffled(positions, n, seed, epoch):
 
 
 def blocks_of_samples(samples, n_blocks, seed):
-    """Which blocks the samples are (both uint64 arrays).
+    """The number of the block that each sample is (both uint64 arrays).
 
     Samples are numbered from the first step on. Sample s is the block at position
     s % n_blocks in the shuffled order of epoch s // n_blocks.
@@ -115,7 +117,7 @@ def prefetched(batches, device):
 def learning_rate(step, minutes, peak, floor, warmup, steps, max_minutes=0.0):
     """Linear warm-up to peak, then a cosine down to floor.
 
-    The cosine ends with the steps, or with the minutes if these end first.
+    It reaches floor when the steps or the minutes run out, whichever is first.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
@@ -128,8 +130,8 @@ def learning_rate(step, minutes, peak, floor, warmup, steps, max_minutes=0.0):
 def optimizer_step(losses, model, optimizer, scaler, grad_clip):
     """Take one step. Returns (loss, norm of the gradient), tensors on the device.
 
-    losses: an iterator that computes the losses of the micro-batches one by one, each
-    weighted by its share of the step. grad_clip 0 does not clip.
+    losses: an iterator that computes the losses of this process's micro-batches one by
+    one, each divided by their number. grad_clip 0 does not clip.
     """
     total = 0.0
     for loss in losses:
@@ -144,13 +146,17 @@ def optimizer_step(losses, model, optimizer, scaler, grad_clip):
 
 
 def micro_losses(model, batches, machine, config, step, n_meta):
-    """Yield the losses of this process's micro-batches of a step, weighted."""
+    """Yield the losses of this process's micro-batches of a step, over their number.
+
+    n_meta: meta-tokens in each block.
+    """
     n = config.gradient_accumulation_steps // machine.world
     for micro in range(n):
         if machine.world > 1:  # DDP averages the gradients once, in the last backward
             model.require_backward_grad_sync = micro == n - 1
         if config.dropout > 0:
-            seed_dropout(config.seed, step, machine.rank + micro * machine.world)
+            number_in_step = machine.rank + micro * machine.world  # as in micro_batches
+            seed_dropout(config.seed, step, number_in_step)
         x, y = next(batches)
         with machine.autocast():
             loss = model(x, y, n_meta)[1]
@@ -203,7 +209,7 @@ def check_start(config, world):
             raise config.error(f"yarn_scale={config.yarn_scale} extends a trained model: name it "
                                "with --init_from=")
         check_meta_tokens(config)
-        new_model_config(config, text_vocab_size=50257)  # any will do: only to check
+        new_model_config(config, text_vocab_size=50257)  # only checks the architecture
     if config.gradient_accumulation_steps % world:
         raise config.error(f"gradient_accumulation_steps={config.gradient_accumulation_steps} is "
                            f"not divisible by the {world} processes")
@@ -237,13 +243,20 @@ def open_trained(config, path):
     config.tokenizer = saved["settings"]["tokenizer"]
     for name in checkpoint.ARCHITECTURE:
         if name == "meta_attention" and model.config.meta_id is None:
-            continue  # it may still be added, together with meta-tokens
+            continue  # keep what was asked for: open_model may add it with meta-tokens
         setattr(config, name, getattr(model.config, name))
+    for name, before in saved.get("model_config", {}).items():
+        if name in given and given[name] != before:
+            print(f"{name}={given[name]} replaces the checkpoint's {before} "
+                  f"({config.origin[name]})", file=sys.stderr)
     return model, saved
 
 
 def load_saved(config):
-    """(model, checkpoint, path) of out_dir, or of the --init_from= that was typed."""
+    """(model, checkpoint, path) of out_dir, or of the --init_from= that was typed.
+
+    An init_from in a config file does not count: it is what training started from.
+    """
     path = config.out_dir
     if config.typed("init_from") and config.init_from not in ("resume", "scratch"):
         path = config.init_from
@@ -265,7 +278,7 @@ def open_data(config, machine):
 
 
 def prepared_manifest(config):
-    """The manifest, checked. Prepares source=stdlib, which needs no download, itself."""
+    """The manifest, checked. Prepares source=stdlib, as that needs no download."""
     manifest_file = os.path.join(prepare.folder_of(config.dataset), "manifest.json")
     if config.source == "stdlib" and not os.path.exists(manifest_file):
         prepare.prepare(config)
@@ -273,7 +286,7 @@ def prepared_manifest(config):
     prepare.check_fit(config, manifest)
     splits = manifest["splits"].values()
     if sum(shard["bytes"] for split in splits for shard in split["shards"]) < 1e9:
-        prepare.verify(config, manifest)  # checksums; of more they would take minutes
+        prepare.verify(config, manifest)  # checksums: for larger data they take minutes
     return manifest
 
 
@@ -287,7 +300,7 @@ def open_model(config, manifest, trained):
     if trained.config.meta_id is None:
         if config.meta_rate > 0:
             return trained.with_meta_tokens(manifest["meta_id"], config.meta_attention)
-        if config.given("meta_attention"):  # it is on by default, and idle in plain text
+        if config.given("meta_attention"):  # the default, True, is no request for it
             check_meta_tokens(config)
     return trained
 
@@ -347,9 +360,10 @@ def train(config):
     if config.init_from == "resume":
         config.checked(checkpoint.load_optimizer, optimizer, scaler, saved)
         progress = Progress(saved["step"], saved["minutes"], saved["best_val_loss"],
-                            saved.get("evaluated", saved["step"]))  # not in older files
+                            saved.get("evaluated", saved["step"]))  # older files lack it
     del trained, saved
-    # All three share the same weights: as they are, compiled, and over all processes
+    # One set of weights: raw_model; local_model, compiled; model, which also averages
+    # its gradients over the processes
     local_model = torch.compile(raw_model) if machine.compile else raw_model
     model = distributed(local_model, machine, raw_model.config.meta_attention,
                         train_blocks.n_meta)
@@ -373,7 +387,8 @@ def train(config):
     logged_step, stop_signal = first_step, 0
 
     while True:
-        # All processes stop at the same step, and by the same clock
+        # All processes must stop at the same step. They agree on it, and on the time,
+        # every log_interval steps, as this takes time
         step = progress.step
         if machine.world == 1 or step % config.log_interval == 0:
             minutes = minutes_before + (time.monotonic() - started) / 60
@@ -383,8 +398,8 @@ def train(config):
         is_eval_due = (step % config.eval_interval == 0 or done) and progress.evaluated != step
 
         if step > logged_step and (step % config.log_interval == 0 or is_eval_due or stop_signal):
-            loss = loss_sum.item() / (step - logged_step) / machine.world
-            [loss] = machine.all_reduce([loss])
+            [total] = machine.all_reduce([loss_sum.item()])
+            loss = total / machine.world / (step - logged_step)
             check_finite(loss, float(norm), scaler, step, lr, config.out_dir)
             write_step(log, config, progress, loss, float(norm), lr, speed)
             loss_sum.zero_()
@@ -423,8 +438,8 @@ def train(config):
 
     stop_request.restore()
     if stop_signal:
-        # 128 + signal, as shells have it: `train.py && next` then stops, too. The first
-        # process alone returns it, as torchrun kills all when one fails.
+        # 128 + signal is what a shell expects: `train.py && next` does not go on. Only
+        # the first process fails, once it has saved: torchrun kills all if one fails.
         raise SystemExit(128 + int(stop_signal) if machine.rank == 0 else 0)
     if machine.rank == 0:
         print_sample(raw_model, config, progress.best_val_loss)
