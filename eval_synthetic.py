@@ -30,8 +30,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import NamedTuple
 
-import checkpoint
 import config as settings
+import checkpoint
 import prepare
 import train
 from machine import Machine, StopRequest, duration, processor
@@ -303,10 +303,10 @@ def collate(examples, longest):
 
     T is a multiple of 16 (or longest) and A of 8, so that there are few shapes.
     """
-    B, T = len(examples), max(len(e.tokens) for e in examples)
-    T, A = min(T + -T % 16, longest), max(e.n_answer for e in examples)
-    x = torch.zeros(B, T, dtype=torch.long)
-    at = torch.zeros(B, A + -A % 8, dtype=torch.long)
+    T, A = max(len(e.tokens) for e in examples), max(e.n_answer for e in examples)
+    T, A = min(16 * math.ceil(T / 16), longest), 8 * math.ceil(A / 8)
+    x = torch.zeros(len(examples), T, dtype=torch.long)
+    at = torch.zeros(len(examples), A, dtype=torch.long)
     y = torch.full_like(at, -1)
     for row, e in enumerate(examples):
         n = len(e.tokens) - 1  # the last token is predicted, never read
@@ -407,7 +407,7 @@ def ablated(model, row):
 def answer_states(model, x, at, device):
     """Hidden states (B, A, C) of x (B, T) at positions `at` (B, A), both on the CPU."""
     n_meta = 0
-    if model.config.meta_id is not None:
+    if model.config.meta_id is not None:  # counted here, so that nothing waits for the GPU
         n_meta = int((x == model.config.meta_id).sum(1).max())
     h = model.hidden_states(x.to(device, non_blocking=True), n_meta)     # (B, T, C)
     at = at.to(device, non_blocking=True).unsqueeze(-1)                  # (B, A, 1)
@@ -476,7 +476,9 @@ class Progress:
     losses: list = field(default_factory=list)    # of the steps since the last validation
 
     def train_loss(self):
-        return sum(float(loss) for loss in self.losses) / max(len(self.losses), 1)
+        """The mean of the losses, which are fetched from the device once."""
+        self.losses = [float(loss) for loss in self.losses]
+        return sum(self.losses) / max(len(self.losses), 1)
 
 
 def share_done(step, steps, minutes, max_minutes):
@@ -508,7 +510,7 @@ def micro_losses(model, x, at, y, machine):
         with machine.autocast():
             h = answer_states(model, own_x, own_at, machine.device)
             loss = model.loss(h, own_y.to(machine.device, non_blocking=True))
-        yield loss * share
+        yield loss * share  # outside of autocast, which must not reach the backward pass
 
 
 def fine_tune(run, saved, pool, machine):
@@ -647,10 +649,10 @@ class Run:
     def check(self, shortest, possible):
         """Raise SystemExit for a length or a row that is not possible."""
         config, c = self.config, self.model.config
-        lengths = [("train_length", config.train_length)]
-        for name, length in lengths + [("eval_lengths", length) for length in self.lengths]:
-            if length < shortest:
-                raise config.error(f"{name}={length} is too short: {config.task} needs "
+        of_setting = {"train_length": [config.train_length], "eval_lengths": self.lengths}
+        for name, lengths in of_setting.items():
+            if min(lengths) < shortest:
+                raise config.error(f"{name}={min(lengths)} is too short: {config.task} needs "
                                    f"{shortest} tokens")
         if c.pos == "absolute" and config.train_length > c.block_size:
             raise config.error(f"train_length={config.train_length}, but there are learned "
@@ -744,12 +746,12 @@ def read_result(path):
                          "--task=...") from None
     except ValueError:
         result = None
-    found = result.get("format") if isinstance(result, dict) else None
-    if found == FORMAT and result.keys() >= CONTENT:
+    version = result.get("format") if isinstance(result, dict) else None
+    if version == FORMAT and result.keys() >= CONTENT:
         result["run"].pop("trial_steps", None)  # older files have it; nothing depends on it
         return result
-    if str(found).startswith("synthetic tasks") and found != FORMAT:
-        raise SystemExit(f"error: {path} is of format '{found}', not '{FORMAT}': measure it again")
+    if version != FORMAT and str(version).startswith("synthetic tasks"):
+        raise SystemExit(f"error: {path} is of format '{version}', not '{FORMAT}': measure again")
     raise SystemExit(f"error: {path} is not a result of eval_synthetic.py")
 
 
@@ -764,13 +766,15 @@ def commit():
 
 
 # --------------------------------------------------------------------------------------
+# The script
 
-SHARED_SETTINGS = ("init_from", "out_dir", "overwrite", "workers", "max_minutes", "weight_decay",
-                   "beta1", "beta2", "grad_clip", "dropout", "log_interval", "seed")
+GROUPS = (settings.Tasks, "init_from", "out_dir", "overwrite", "max_minutes", "weight_decay",
+          "beta1", "beta2", "grad_clip", "dropout", "block_size", "yarn_scale", "zero_meta_pos",
+          "zero_meta_embd", "log_interval", "seed", "workers", "device", "dtype")
 
 
 def main(argv=None):
-    config = settings.load(argv, (settings.Tasks, *SHARED_SETTINGS, settings.Machine), __doc__)
+    config = settings.load(argv, GROUPS, __doc__)
     if "WORLD_SIZE" in os.environ:
         raise SystemExit("error: fine-tuning runs in one process: start it with python alone")
     machine = config.checked(Machine, config.device, config.dtype)
