@@ -68,14 +68,14 @@ NAMES = [word for i, word in enumerate(WORDS) if i % 3]  # what they are called
 
 
 # --------------------------------------------------------------------------------------
-# The tasks. A prompt is a number of units (lists, bit strings, texts) and a question
-# about one of them.
+# The tasks. A prompt is a number of units (lists, bit strings, texts), each with a name,
+# and a question about one of them. `word` is what Segment Counting counts.
 
 class Unit(NamedTuple):
-    text: str
+    text: str      # with MARK where a mark may stand
     question: str
     answer: str
-    offers: list  # all answers that a guess within the unit could give
+    offers: list   # all answers that a guess within the unit could give
 
 
 def draw_items(rng, n, word=None, count=0):
@@ -93,7 +93,7 @@ def list_recall(name, word, rng):
 
 
 def segment_counting(name, word, rng):
-    """The word stands 0 to 4 times in the segment, and perhaps before and behind it."""
+    """The word stands 0 to 4 times in the segment, and perhaps on either side of it."""
     count = rng.integers(5)
     n_before, count_before = rng.integers(1, 4), rng.integers(2)
     n_inside = rng.integers(4, 9)
@@ -144,7 +144,7 @@ class Example:
     n_answer: int       # how many of them, at the end, are the answer
     prompt: str         # without marks
     answer: str
-    chance: float       # that a guess among all answers which the prompt offers is right
+    chance: float       # probability that a guess among all answers on offer is right
 
 
 get_encoding = cache(prepare.get_tokenizer)
@@ -156,9 +156,9 @@ def encode_piece(piece, encoding):
 
 
 def encode(text, encoding):
-    """Ids of a text of our words, and PLACEs.
+    """Ids of a text of our words, with PLACE for every MARK.
 
-    Split as BPE does, its few different pieces come from a cache: the tokenizer itself
+    We split as BPE does and look up each piece: there are few, and the tokenizer itself
     would take much longer.
     """
     pieces = re.findall(r" ?\w+| ?[^\w\s]|\s", text)
@@ -167,7 +167,7 @@ def encode(text, encoding):
 
 @cache
 def min_length(task, encoding):
-    """The length that fits every example: the longest of 500 prompts of one unit."""
+    """Tokens that any prompt of one unit fits into: those of the longest of 500."""
     rng = np.random.default_rng(0)
     units = [TASKS[task](NAMES[0], ITEMS[0], rng) for _ in range(500)]
     return max(len(encode(unit.text + unit.question + unit.answer, encoding)) for unit in units)
@@ -198,9 +198,9 @@ def make_example(stream, shortest, longest, rng):
     draw_unit, encoding = TASKS[stream.task], get_encoding(stream.tokenizer)
     name, *other_names = rng.permutation(NAMES).tolist()
     word = str(rng.choice(ITEMS))
-    room = rng.integers(max(shortest, min_length(stream.task, encoding)), longest + 1)
+    length = rng.integers(max(shortest, min_length(stream.task, encoding)), longest + 1)
     asked = draw_unit(name, word, rng)
-    room -= len(encode(asked.text + asked.question + asked.answer, encoding))
+    room = length - len(encode(asked.text + asked.question + asked.answer, encoding))
 
     others, offers = [], set(asked.offers)
     for other_name in other_names:
@@ -471,9 +471,9 @@ class Progress:
     """How far a fine-tuning has come. Its checkpoints hold it."""
     step: int = 0
     minutes: float = 0.0
-    phase: int = 0                                # longest examples of the last step
-    history: list = field(default_factory=list)   # a dictionary for each validation
-    losses: list = field(default_factory=list)    # of the steps since the last validation
+    phase: int = 0      # by the length of its longest examples
+    history: list = field(default_factory=list)  # of validation
+    losses: list = field(default_factory=list)   # of the steps since the last validation
 
     def train_loss(self):
         """The mean of the losses, which are fetched from the device once."""
@@ -488,10 +488,7 @@ def share_done(step, steps, minutes, max_minutes):
 
 
 def requests(run, progress):
-    """The examples of every step to come.
-
-    Those of a step have one length, so that there is next to no padding.
-    """
+    """The examples of every step to come; one length a step saves padding."""
     config = run.config
     n, shortest = config.task_batch_size, min_length(config.task, get_encoding(config.tokenizer))
     for step in itertools.count(progress.step):
@@ -575,7 +572,7 @@ def fine_tune(run, saved, pool, machine):
 
 
 def validate(model, examples, progress, length, machine):
-    """Add an entry to the history, and return its exact match."""
+    """Add an entry to the history. Returns the share of right answers."""
     correct, token_accuracy, loss = measure(model, examples, length, machine)
     exact, chance = float(correct.mean()), np.mean([e.chance for e in examples])
     progress.history.append({
