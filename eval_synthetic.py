@@ -68,8 +68,8 @@ NAMES = [word for i, word in enumerate(WORDS) if i % 3]  # what they are called
 
 
 # --------------------------------------------------------------------------------------
-# The tasks. A prompt is a number of units (lists, bit strings, texts), each with a name,
-# and a question about one of them. `word` is what Segment Counting counts.
+# The tasks. A prompt is some units (lists, bit strings, texts), each with a name, and a
+# question about one of them. `word` is what Segment Counting counts.
 
 class Unit(NamedTuple):
     text: str      # with MARK where a mark may stand
@@ -229,7 +229,8 @@ def place_marks(tokens, is_asked, placement, mark, rng):
     is_asked: bool, which tokens belong to what is asked for.
     """
     is_place = tokens == PLACE
-    text, n_before = tokens[~is_place], np.cumsum(~is_place)  # n_before: tokens of text
+    text = tokens[~is_place]
+    n_before = np.cumsum(~is_place)  # tokens of text before each place
     if mark is None or placement == "none":
         return text
     if placement == "all":
@@ -252,7 +253,8 @@ def split_of(prompt):
 def draw(stream, split, length, number, exactly=None):
     """Example `number` of a split, of length/2 to length tokens, or `exactly` so many.
 
-    That counts the marks of placement 'all'. Only training depends on stream.seed.
+    That counts the marks of placement 'all'. Only training depends on stream.seed. What
+    falls into another split is drawn anew.
     """
     shortest, longest = (length // 2 + 1, length) if exactly is None else (exactly, exactly)
     seed = stream.seed if split == "train" else TEST_SEED
