@@ -1440,6 +1440,7 @@ def test_bad_prompts_are_refused_in_one_line(workplace, monkeypatch):
 # eval_synthetic.py
 
 ROOM = {"bytes": (192, 500), "gpt2": (64, 300)}  # lengths that every task fits into
+HASH = ord("#")
 
 
 def tokenizer(name):
@@ -1448,22 +1449,34 @@ def tokenizer(name):
     return eval_synthetic.get_encoding(name)
 
 
-def examples(task, n=40, length=300, placement="task", mark=35, name="bytes"):
+def stream_of(task="list_recall", mark=HASH, placement="task", seed=1, name="bytes"):
+    return eval_synthetic.Stream(task, placement, mark, name, seed)
+
+
+def examples(task, n=40, length=300, placement="task", mark=HASH, name="bytes"):
     tokenizer(name)
-    stream = eval_synthetic.Stream(task, placement, mark, name, seed=0)
-    return [eval_synthetic.make_example(stream, length // 2 + 1, length, np.random.default_rng(i)) for i in range(n)]
+    stream = stream_of(task, mark, placement, name=name)
+    return [eval_synthetic.make_example(stream, length // 2 + 1, length, np.random.default_rng(i))
+            for i in range(n)]
+
+
+def text_of(tokens):
+    return bytes(tokens.tolist()).decode()
 
 
 def read_answer(prompt):
-    """The answer, by a reading of the prompt of its own: (answer, all answers that the prompt has to offer)."""
+    """(answer, all answers that the prompt offers), by a reading of its own."""
     lists = dict(re.findall(r"^(?:List|Bits|Text) (\w+): (.*)\.$", prompt, re.M))
     question = prompt.rpartition("\n")[2]
     inside = {name: re.search(r"\[ (.*) \]", body) for name, body in lists.items()}
     if m := re.fullmatch(r"Question: item (\d+) of list (\w+)\? Answer:", question):
-        return lists[m[2]].split(", ")[int(m[1]) - 1], {item for body in lists.values() for item in body.split(", ")}
-    if m := re.fullmatch(r"Question: how often is (\w+) in the segment of list (\w+)\? Answer:", question):
+        offered = {item for body in lists.values() for item in body.split(", ")}
+        return lists[m[2]].split(", ")[int(m[1]) - 1], offered
+    if m := re.fullmatch(r"Question: how often is (\w+) in the segment of list (\w+)\? Answer:",
+                         question):
         return str(len(re.findall(rf"\b{m[1]}\b", inside[m[2]][1]))), set("01234")
-    if m := re.fullmatch(r"Question: parity of the bits before \* in bits (\w+)\? Answer:", question):
+    if m := re.fullmatch(r"Question: parity of the bits before \* in bits (\w+)\? Answer:",
+                         question):
         return str(lists[m[1]].partition("*")[0].count("1") % 2), set("01")
     m = re.fullmatch(r"Question: what is in brackets in text (\w+)\? Answer:", question)
     return inside[m[1]][1], {span[1] for span in inside.values()}
@@ -1473,74 +1486,97 @@ def read_answer(prompt):
 @pytest.mark.parametrize("task", eval_synthetic.TASKS)
 def test_the_prompt_without_its_marks_determines_the_answer(task, name):
     encoding = tokenizer(name)
-    for placement in ("task", "all", "random", "none"):
-        for length in ROOM[name]:
-            for e in examples(task, 8, length, placement, encoding.n_vocab, name):
-                text = prepare.decode(encoding, e.tokens.tolist())
-                assert text == e.prompt + e.answer and (e.tokens[e.tokens != encoding.n_vocab] == encoding.encode_ordinary(text)).all()
-                assert encoding.decode(e.tokens[-e.n_answer:].tolist()) == e.answer
-                answer, offered = read_answer(e.prompt)
-                assert e.answer == f" {answer}" and e.chance == pytest.approx(1 / len(offered))
+    mark = encoding.n_vocab
+    for placement, length in itertools.product(("task", "all", "random", "none"), ROOM[name]):
+        for e in examples(task, 8, length, placement, mark, name):
+            text = prepare.decode(encoding, e.tokens.tolist())
+            assert text == e.prompt + e.answer
+            assert e.tokens[e.tokens != mark].tolist() == encoding.encode_ordinary(text)
+            assert encoding.decode(e.tokens[-e.n_answer:].tolist()) == e.answer
+            answer, offered = read_answer(e.prompt)
+            assert e.answer == f" {answer}" and e.chance == pytest.approx(1 / len(offered))
+
+
+def test_the_examples_are_those_of_the_published_results():
+    digests = {"list_recall": "68c703af56607938", "segment_counting": "32902d3f38a7e557",
+               "parity": "55426eb7ce9bb25f", "copying": "2e126869022ef4d3"}
+    for task, digest in digests.items():
+        drawn = [eval_synthetic.draw(stream_of(task, 257, placement), split, 300, number)
+                 for placement in ("task", "all", "random") for split in eval_synthetic.SPLITS
+                 for number in range(10)]
+        tokens = [e.tokens.tolist() for e in drawn]
+        assert prepare.sha256(json.dumps(tokens).encode())[:16] == digest
 
 
 def test_the_example_of_the_docstring_is_one():
-    stream = eval_synthetic.Stream("list_recall", "task", ord("#"), "bytes", seed=0)
-    e = eval_synthetic.make_example(stream, 150, 210, np.random.default_rng(11))
-    assert textwrap.indent(prepare.decode(tokenizer("bytes"), e.tokens.tolist()), " " * 4) in inspect.getdoc(eval_synthetic.make_example)
+    e = eval_synthetic.make_example(stream_of(), 150, 210, np.random.default_rng(11))
+    shown = textwrap.indent(text_of(e.tokens), " " * 4)
+    assert shown in inspect.getdoc(eval_synthetic.make_example)
 
 
 def test_words_are_single_tokens_of_gpt2s_bpe():
-    assert len(set(eval_synthetic.WORDS)) == len(eval_synthetic.WORDS) and not set(eval_synthetic.NAMES) & set(eval_synthetic.ITEMS)
-    assert all(len(gpt2_bpe().encode_ordinary(f" {word}")) == 1 and len(word) == 3 for word in eval_synthetic.WORDS)
+    words = eval_synthetic.WORDS
+    assert len(set(words)) == len(words)
+    assert not set(eval_synthetic.NAMES) & set(eval_synthetic.ITEMS)
+    for word in words:
+        assert len(gpt2_bpe().encode_ordinary(f" {word}")) == 1 and len(word) == 3
 
 
 @pytest.mark.parametrize("task", eval_synthetic.TASKS)
 def test_the_text_is_the_same_whatever_the_mark_and_its_place(task):
     plain = examples(task, mark=None)
     for placement in ("task", "all", "random", "none"):
-        for e, other, p in zip(examples(task, placement=placement), examples(task, placement=placement, mark=258), plain):
-            assert e.prompt == p.prompt and ((e.tokens == 35) == (other.tokens == 258)).all()
-            assert (e.tokens[e.tokens != 35] == p.tokens).all() and e.tokens[0] != 35
-            assert (placement == "none") == (35 not in e.tokens)
+        hashes, others = examples(task, placement=placement), examples(task, placement=placement,
+                                                                       mark=258)
+        for e, other, p in zip(hashes, others, plain):
+            assert e.prompt == p.prompt and ((e.tokens == HASH) == (other.tokens == 258)).all()
+            assert (e.tokens[e.tokens != HASH] == p.tokens).all() and e.tokens[0] != HASH
+            assert (placement == "none") == (HASH not in e.tokens)
 
 
 @pytest.mark.parametrize("task", eval_synthetic.TASKS)
 def test_marks_of_placement_all_do_not_depend_on_what_is_asked(task):
-    """They stand where an expression that never looks at the question finds them; those of 'task' at the queried one."""
-    where = {"list_recall": (r"(?m)(^List .*\.)$", r"\1#"), "parity": (r"\*", r"*#")}.get(task, (r"\[( .*?) \]", r"[#\1# ]"))
-    for everywhere, own, anywhere in zip(*(examples(task, placement=placement) for placement in ("all", "task", "random"))):
+    """An expression that never looks at the question finds them; those of 'task' stand
+    at the unit that is asked for, and 'random' has as many."""
+    wrapped = (r"\[( .*?) \]", r"[#\1# ]")
+    where = {"list_recall": (r"(?m)(^List .*\.)$", r"\1#"), "parity": (r"\*", r"*#")}
+    where = where.get(task, wrapped)
+    for everywhere, own, anywhere in zip(*(examples(task, placement=placement)
+                                           for placement in ("all", "task", "random"))):
         context, _, question = everywhere.prompt.rpartition("\n")
-        tail = f"\n{question}{'#' if task == 'list_recall' else ''}{everywhere.answer}"
-        assert bytes(everywhere.tokens.tolist()).decode() == re.sub(*where, context) + tail
+        mark = "#" if task == "list_recall" else ""
+        tail = f"\n{question}{mark}{everywhere.answer}"
+        assert text_of(everywhere.tokens) == re.sub(*where, context) + tail
         name = re.search(r"(\w+)\? Answer", question)[1]
-        lines = [re.sub(*where, line) if f" {name}: " in line else line for line in context.split("\n")]
-        assert bytes(own.tokens.tolist()).decode() == "\n".join(lines) + tail
-        assert (anywhere.tokens == 35).sum() == (own.tokens == 35).sum()
+        lines = [re.sub(*where, line) if f" {name}: " in line else line
+                 for line in context.split("\n")]
+        assert text_of(own.tokens) == "\n".join(lines) + tail
+        assert (anywhere.tokens == HASH).sum() == (own.tokens == HASH).sum()
 
 
 @pytest.mark.parametrize("task", eval_synthetic.TASKS)
 def test_only_distance_grows_with_length(task):
-    """Lengths are uniform in (L/2, L]; what is asked for has the same distribution, and answers are balanced, at every length."""
-    answers, asked = {}, {}
+    """Lengths are uniform in (L/2, L]. At every length what is asked for has the same
+    distribution and stands anywhere, and the answers are balanced."""
+    mean_words, answers = {}, {}
     for length in (256, 1024):
         drawn = examples(task, 200, length, "all", name="gpt2")
         lengths = np.array([len(e.tokens) for e in drawn])
         assert lengths.min() > length // 2 and lengths.max() <= length
-        assert abs((lengths > 0.75 * length).mean() - 0.5) < 0.11 and abs(lengths.mean() / length - 0.75) < 0.03
-        names = [re.search(r"(\w+)\? Answer", e.prompt)[1] for e in drawn]
-        bodies = [re.search(rf"^\w+ {name}: (.*)$", e.prompt, re.M)[1] for name, e in zip(names, drawn)]
-        asked[length], answers[length] = [len(body.split()) for body in bodies], [e.answer for e in drawn]
-        lines = [[f" {name}: " in line for line in e.prompt.split("\n")[:-1]] for name, e in zip(names, drawn)]
-        assert abs(np.mean([line.index(True) / (len(line) - 1) for line in lines]) - 0.5) < 0.06  # anywhere before the question
-    assert abs(np.mean(asked[256]) - np.mean(asked[1024])) < 0.15 * np.mean(asked[256])
-    if task in ("parity", "segment_counting"):
-        n = 2 if task == "parity" else 5
-        shares = np.array([[found.count(f" {i}") / len(found) for i in range(n)] for found in answers.values()])
-        assert abs(shares - 1 / n).max() < 0.09
-
-
-def stream_of(task="list_recall", mark=35, placement="task", seed=1):
-    return eval_synthetic.Stream(task, placement, mark, "bytes", seed)
+        assert abs((lengths > 0.75 * length).mean() - 0.5) < 0.11
+        assert abs(lengths.mean() / length - 0.75) < 0.03
+        n_words, depths = [], []
+        for e in drawn:
+            name = re.search(r"(\w+)\? Answer", e.prompt)[1]
+            n_words.append(len(re.search(rf"^\w+ {name}: (.*)$", e.prompt, re.M)[1].split()))
+            is_asked = [f" {name}: " in line for line in e.prompt.split("\n")[:-1]]
+            depths.append(is_asked.index(True) / (len(is_asked) - 1))
+        assert abs(np.mean(depths) - 0.5) < 0.06
+        mean_words[length], answers[length] = np.mean(n_words), [e.answer for e in drawn]
+    assert abs(mean_words[256] - mean_words[1024]) < 0.15 * mean_words[256]
+    n = {"parity": 2, "segment_counting": 5}.get(task, 0)
+    for found, i in itertools.product(answers.values(), range(n)):
+        assert abs(found.count(f" {i}") / len(found) - 1 / n) < 0.09
 
 
 def test_streams_are_functions_of_seed_split_length_and_number_and_share_no_example():
@@ -1551,21 +1587,25 @@ def test_streams_are_functions_of_seed_split_length_and_number_and_share_no_exam
     assert prompts("train", reversed(range(30)), mark=None, placement="all") == forward[::-1]
     assert not set(forward) & set(prompts("train", range(30), seed=2))
     assert prompts("test", range(9)) == prompts("test", range(9), seed=2)
-    texts = {split: set(prompts(split, range(250), task="parity")) for split in eval_synthetic.SPLITS}
-    assert len(texts["train"]) == 250 and not texts["train"] & texts["test"] and not texts["train"] & texts["validation"]
+    texts = {split: set(prompts(split, range(250), task="parity"))
+             for split in eval_synthetic.SPLITS}
+    assert len(texts["train"]) == 250
+    assert not texts["train"] & texts["test"] and not texts["train"] & texts["validation"]
     assert {eval_synthetic.split_of(text) for text in texts["test"]} == {"test"}
 
 
 def test_a_batch_is_padded_at_the_right_and_asks_for_the_answers_alone():
     drawn = examples("copying", 5, 256)
     x, at, y = eval_synthetic.collate(drawn, 256)
-    assert x.size(1) % 64 == 0 and x.size(1) - 64 < max(len(e.tokens) for e in drawn)
-    assert at.shape == y.shape and y.size(1) % 8 == 0 and y.size(1) - 8 < max(e.n_answer for e in drawn)
+    longest, longest_answer = max(len(e.tokens) for e in drawn), max(e.n_answer for e in drawn)
+    assert x.size(1) % 16 == 0 and x.size(1) - 16 < longest
+    assert at.shape == y.shape and y.size(1) % 8 == 0 and y.size(1) - 8 < longest_answer
     for row, where, target, e in zip(x, at, y, drawn):
         n = len(e.tokens) - 1
         assert row[:n].tolist() == e.tokens[:-1].tolist() and not row[n:].any()
-        assert bytes(target[target >= 0].tolist()).decode() == e.answer and (target >= 0).sum() == e.n_answer
-        assert row[where[1:e.n_answer]].tolist() == target[:e.n_answer - 1].tolist()  # a token is read, then the next predicted
+        assert text_of(target[target >= 0]) == e.answer and (target >= 0).sum() == e.n_answer
+        read_before = row[where[1:e.n_answer]]  # a token is read, then the next is predicted
+        assert read_before.tolist() == target[:e.n_answer - 1].tolist()
         assert where[e.n_answer - 1] == n - 1
     assert eval_synthetic.collate(drawn, 250)[0].size(1) <= 250
 
@@ -1580,63 +1620,96 @@ class Now:
 
 
 def spell(name, word, rng):
-    """A task small enough to be learnt in seconds: to write again what stands behind the mark."""
-    n = rng.integers(1, 4)
-    return f"[{eval_synthetic.MARK}{'ab' * n}]", "?", "ab" * n, ["ab"]
+    """A task to be learned in seconds: repeat what stands behind the mark."""
+    word = "ab" * rng.integers(1, 4)
+    return eval_synthetic.Unit(f"[{eval_synthetic.MARK}{word}]", "?", word, ["ab"])
 
 
-def small_run(monkeypatch, task, mark=257):
+SPELL = ["--train_length=64", "--task_lr=3e-3", "--val_interval=1000", "--log_interval=1000",
+         "--task_warmup=10", "--weight_decay=0"]
+
+
+@pytest.fixture
+def spelling(monkeypatch, tmp_path):
+    """spelling(settings...): fine-tune a small model on this task; (run, history)."""
     monkeypatch.setitem(eval_synthetic.TASKS, "spell", spell)
-    config = settings.load(["--device=cpu", "--dtype=float32", "--train_length=64", "--val_interval=1000", "--log_interval=1000",
-                            "--task_warmup=10", "--weight_decay=0"])
-    stream, machine = stream_of(task, mark), train.Machine(config)
-    validation = eval_synthetic.draw_split(Now(), stream, "validation", 64, 30)
-    return SimpleNamespace(config=config, machine=machine, stream=stream, pool=Now(), phases=[64], validation=validation)
+
+    def tune(*args, phases=(64,)):
+        config = settings.load([*SPELL, *args])
+        config.task, config.tokenizer = "spell", "bytes"
+        run = SimpleNamespace(
+            config=config, stream=stream_of("spell", 257), phases=phases, model=small_model(),
+            steps=config.phase_steps * len(phases), identity={},
+            checkpoint=str(tmp_path / "tuned.pt"))
+        return run, eval_synthetic.fine_tune(run, None, Now(), Machine("cpu", "float32"))
+
+    return tune
 
 
-def test_a_tiny_model_learns_a_tiny_task_and_generates_what_it_is_measured_by(monkeypatch):
-    run, model = small_run(monkeypatch, "spell"), small_model()
-    history = eval_synthetic.fine_tune(run, model, 3e-3, 60, 0.0)
+def test_a_tiny_model_learns_a_tiny_task_and_is_measured_as_it_generates(spelling):
+    run, history = spelling("--phase_steps=60")
     assert history[-1]["token_accuracy"] > 0.9 and history[-1]["loss"] < 0.5
-    correct, token_accuracy, _ = eval_synthetic.measure(model, run.validation, 64, run.machine)
-    hits = count = 0
-    for i, e in enumerate(run.validation):  # one by one, in float64, without padding
-        guess = model.double()(torch.from_numpy(e.tokens[None]))[0][0, -e.n_answer - 1:-1, :257].argmax(-1).numpy()
-        assert correct[i] == (guess == e.tokens[-e.n_answer:]).all()
-        hits, count = hits + (guess == e.tokens[-e.n_answer:]).sum(), count + e.n_answer
-    assert token_accuracy == pytest.approx(hits / count)
-    assert (eval_synthetic.measure_generation(model, run.validation, run.machine) == correct).all()
+    drawn = eval_synthetic.draw_split(Now(), run.stream, "test", 64, 30)
+    correct, token_accuracy, _ = eval_synthetic.measure(
+        run.model, drawn, 64, Machine("cpu", "float32"))
+    model, hits = run.model.double(), []
+    for is_correct, e in zip(correct, drawn):  # one by one, in float64, without padding
+        tokens = torch.from_numpy(e.tokens[None])
+        logits = model(tokens)[0][0, -e.n_answer - 1:-1, :257]
+        is_hit = logits.argmax(-1).numpy() == e.tokens[-e.n_answer:]
+        assert is_hit.all() == is_correct
+        hits += is_hit.tolist()
+        generated = model.generate(tokens[:, :-e.n_answer], e.n_answer, temperature=0)
+        assert torch.equal(generated, tokens) == is_correct
+    assert token_accuracy == pytest.approx(np.mean(hits))
 
 
-def test_micro_batches_of_tuning_take_the_same_steps(monkeypatch):
-    run, models, losses = small_run(monkeypatch, "spell"), [small_model() for _ in range(2)], []
-    for model, tokens in zip(models, (1 << 15, 320)):  # 16 examples at once, and 5 at a time, with answers of unequal lengths
-        monkeypatch.setattr(eval_synthetic, "TUNE_TOKENS", tokens)
-        losses.append(eval_synthetic.fine_tune(run, model, 3e-3, 3, 0.0)[-1]["train_loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    for a, b in zip(*(model.parameters() for model in models)):
+def test_greedy_generation_with_the_cache_is_right_where_teacher_forcing_is():
+    """It takes all of a model's own answers for right, and none of another's."""
+    model, machine = small_model().eval(), Machine("cpu", "float32")
+    drawn = examples("copying", 20, 256, "all", 257)
+    for e in drawn[::2]:
+        prompt = torch.from_numpy(e.tokens[None, :-e.n_answer])
+        e.tokens = model.generate(prompt, e.n_answer, temperature=0)[0].numpy()
+    correct, _, _ = eval_synthetic.measure(model, drawn, 256, machine)
+    assert correct.tolist() == [True, False] * 10
+
+
+def test_micro_batches_of_tuning_take_the_same_steps(spelling, monkeypatch):
+    whole, [of_whole] = spelling("--phase_steps=3")  # 16 examples at once
+    monkeypatch.setattr(eval_synthetic, "TUNE_TOKENS", 320)
+    parts, [of_parts] = spelling("--phase_steps=3")  # 5 at a time, answers of unequal lengths
+    assert of_whole["train_loss"] == pytest.approx(of_parts["train_loss"], rel=1e-6)
+    for a, b in zip(whole.model.parameters(), parts.model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_tuning_ends_when_validation_is_solved_or_time_is_up(monkeypatch, tmp_path):
-    run = small_run(monkeypatch, "spell")
-    run.checkpoint, run.identity, run.lr = str(tmp_path / "tuned.pt"), {}, {}
-    run.config.stop_solved, run.config.val_interval = True, 1
+def test_tuning_ends_when_validation_is_solved(spelling, monkeypatch):
     monkeypatch.setattr(eval_synthetic, "SOLVED", 0.5)
-    *unsolved, solved = eval_synthetic.fine_tune(run, small_model(), 3e-3, 1000, 0.0, save=True)
-    assert solved["step"] < 1000 and solved["exact"] >= 0.5 > max(point["exact"] for point in unsolved)
-    assert train.load_checkpoint(run.checkpoint)["finished"]
-    run.phases, ticks, run.config.task_batch_size = [32, 64], itertools.count(), 4
-    monkeypatch.setattr(time, "monotonic", lambda: 0.15 * next(ticks))  # 400 looks a minute
-    last = eval_synthetic.fine_tune(run, small_model(), 3e-3, 10**6, 1.0)[-1]
-    assert 1 <= last["minutes"] < 1.5 and 32 < last["step"] < 400 and last["phase"] == 64
+    run, history = spelling("--phase_steps=1000", "--val_interval=1", "--stop_solved")
+    *unsolved, solved = history
+    assert solved["step"] < 1000
+    assert solved["exact"] >= 0.5 > max(point["exact"] for point in unsolved)
+    assert checkpoint.load(run.checkpoint)["finished"]
+
+
+def test_tuning_ends_when_time_is_up_with_all_phases_behind_it(spelling, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: 0.6 * next(ticks))  # 100 looks a minute
+    _, history = spelling("--phase_steps=1000000", "--max_minutes=1", "--task_batch_size=4",
+                          phases=(32, 64))
+    last = history[-1]
+    assert 1 <= last["minutes"] < 1.1 and 32 < last["step"] <= 100 and last["phase"] == 64
 
 
 def test_rows_change_what_they_name_and_nothing_stays_behind():
     model, idx = build(), text_with_meta((4, 7))
     before = model(idx)[0]
-    references = {"full": dense_gpt(model, idx), "no_pos": dense_gpt(build(zero_meta_pos=True), idx),
-                  "no_pos_meta": dense_gpt(model, idx, turn_meta=False), "no_embed": dense_gpt(build(zero_meta_embd=True), idx)}
+    references = {
+        "full": dense_gpt(model, idx),
+        "no_pos": dense_gpt(build(zero_meta_pos=True), idx),
+        "no_pos_meta": dense_gpt(model, idx, turn_meta=False),
+        "no_embed": dense_gpt(build(zero_meta_embd=True), idx)}
     for row, reference in references.items():
         with eval_synthetic.ablated(model, row):
             torch.testing.assert_close(model(idx)[0], reference, rtol=1e-6, atol=1e-6)
@@ -1646,102 +1719,117 @@ def test_rows_change_what_they_name_and_nothing_stays_behind():
     for block in model.transformer.h:
         block.meta_attn.c_proj.weight.data.zero_()
     torch.testing.assert_close(model(idx)[0], without)
-    for changes, mark, possible in [
-            ({}, META, "full no_pos no_pos_meta no_embed no_meta_attention no_meta"), ({}, 61, "full no_meta"), ({}, None, "full"),
-            ({"pos": "absolute"}, META, "full no_pos no_embed no_meta_attention no_meta"),
-            ({"meta_attention": False}, META, "full no_pos no_embed no_meta")]:
-        assert eval_synthetic.possible_rows(build(**changes), mark) == possible.split()
 
 
-def test_the_bound_on_meta_tokens_holds_and_takes_few_values():
-    model, bounds = small_model(), set()
-    for n in range(200):
-        x = torch.zeros(2, 200, dtype=torch.long)
-        x[1, :n] = model.config.meta_id
-        bounds.add(bound := eval_synthetic.meta_bound(model, x))
-        assert n <= bound <= 200
-    assert bounds == {0, 16, 32, 64, 128, 200}
+@pytest.mark.parametrize("changes, mark, possible", [
+    ({}, META, "full no_pos no_pos_meta no_embed no_meta_attention no_meta"),
+    ({}, 61, "full no_meta"),
+    ({}, None, "full"),
+    ({"pos": "absolute"}, META, "full no_pos no_embed no_meta_attention no_meta"),
+    ({"meta_attention": False}, META, "full no_pos no_embed no_meta")])
+def test_rows_are_those_that_model_and_mark_allow(changes, mark, possible):
+    assert eval_synthetic.possible_rows(build(**changes), mark) == possible.split()
+
+
+PLAIN = {"meta_id": None, "meta_attention": False, "text_vocab_size": 257}
 
 
 def test_a_fresh_token_starts_at_the_mean_of_the_text():
-    for changes in ({}, {"meta_id": None, "meta_attention": False, "text_vocab_size": 257},
-                    {"meta_id": None, "meta_attention": False, "vocab_size": 257}):
+    no_row_to_spare = {"meta_id": None, "meta_attention": False, "vocab_size": 257}
+    for changes in ({}, PLAIN, no_row_to_spare):
         model = small_model(**changes)
         meta_id, idx = model.config.meta_id, torch.randint(0, 256, (1, 20))
         logits = model(idx)[0][..., :257]
         model = eval_synthetic.with_fresh_token(model, 258)
-        torch.testing.assert_close(model.transformer.wte.weight[258], model.transformer.wte.weight[:257].mean(0))
-        assert model.config.meta_id == meta_id and torch.equal(model(idx)[0][..., :257], logits)
+        wte = model.transformer.wte.weight
+        torch.testing.assert_close(wte[258], wte[:257].mean(0))
+        assert model.config.meta_id == meta_id
+        assert torch.equal(model(idx)[0][..., :257], logits)
 
 
-TUNE = ["--device=cpu", "--dtype=float32", "--train_length=192", "--phase_steps=6", "--val_interval=3", "--log_interval=1",
-        "--trial_steps=2", "--val_examples=8", "--test_examples=12", "--task_batch_size=4", "--eval_lengths=192,256", "--workers=1"]
+TUNE = ["--device=cpu", "--dtype=float32", "--train_length=192", "--phase_steps=6",
+        "--val_interval=3", "--log_interval=1", "--val_examples=8", "--test_examples=12",
+        "--task_batch_size=4", "--eval_lengths=192,256", "--workers=1"]
+
+
+def stop_at(process, line, number):
+    """Send a signal when the process has printed a line that begins so."""
+    for printed in process.stdout:
+        if printed.startswith(line):
+            return process.send_signal(number)
 
 
 def test_a_tuning_killed_and_started_again_ends_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model("meta.pt")
-    arguments = ["--init_from=meta.pt", *TUNE, "--dropout=0.1"]
-    eval_synthetic.main([*arguments, "--label=whole"])
-    whole = eval_synthetic.read_result("results/whole_list_recall_task_meta_192_s5_1337.json")
-    tried = whole["learning_rate"]["tried"]
-    assert [entry["step"] for entry in whole["validation"]] == [3, 6, 9, 12] and len(tried) == 3
-    kept = json.load(open("out/whole_list_recall_task_meta_192_s5_1337_rates.json"))
-    assert kept["tried"] == tried
-    prepare.write_json("out/killed_list_recall_task_meta_192_s5_1337_rates.json", kept | {"tried": dict([*tried.items()][:2])})
-    command = [sys.executable, os.path.join(HERE, "eval_synthetic.py"), *arguments, "--label=killed"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        assert "trial" not in line or "0.001" in line  # two of three are there
-        if "step  8/12" in line:
-            process.send_signal(signal.SIGKILL)
-            break
-    assert process.wait() == -signal.SIGKILL
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "step 10/12" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    output, errors = process.communicate(timeout=60)
-    assert "the same command goes on from there" in errors and "Traceback" not in errors
-    eval_synthetic.main([*arguments, "--label=killed"])
-    killed = eval_synthetic.read_result("results/killed_list_recall_task_meta_192_s5_1337.json")
-    a, b = (weights_of(f"out/{name}_list_recall_task_meta_192_s5_1337.pt") for name in ("whole", "killed"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    for result in (whole, killed):
-        result["validation"] = [{k: v for k, v in entry.items() if k != "minutes"} for entry in result["validation"]]
-    assert all(killed[name] == whole[name] for name in ("validation", "rows", "tests", "learning_rate", "pretrained"))
+    arguments = ["--init_from=meta.pt", *TUNE, "--dropout=0.1", "--label=whole"]
+    eval_synthetic.main(arguments)
+    arguments[-1] = "--label=killed"
+    command = [sys.executable, os.path.join(HERE, "eval_synthetic.py"), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        stop_at(process, "step  8/12", signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        stop_at(process, "step 10/12", signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert "stopped at step 1" in errors and "goes on from there" in errors
+    assert "Traceback" not in errors
+    eval_synthetic.main(arguments)
+
+    weights, results = [], []
+    for label in ("whole", "killed"):
+        name = f"{label}_list_recall_task_meta_192_s5_1337"
+        weights.append(weights_of(f"out/{name}.pt"))
+        results.append(eval_synthetic.read_result(f"results/{name}.json"))
+        assert [entry["step"] for entry in results[-1]["validation"]] == [3, 6, 9, 12]
+        for entry in results[-1]["validation"]:
+            del entry["minutes"]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    for key in ("validation", "rows", "tests", "learning_rate", "pretrained"):
+        assert results[0][key] == results[1][key]
 
 
 def test_a_stop_request_saves_no_weights_that_are_not_finite(tmp_path, monkeypatch):
-    class StopAfterFourSteps(train.StopRequest):
-        asked = property(lambda self: next(self.steps) >= 4, lambda self, value: setattr(self, "steps", iter(range(100))))
+    class StopAfterFourSteps:
+        def __init__(self):
+            self.looks = itertools.count()
+
+        @property
+        def asked(self):
+            return next(self.looks) >= 4
 
     monkeypatch.chdir(tmp_path)
     save_model("meta.pt")
-    monkeypatch.setattr(train, "StopRequest", StopAfterFourSteps)
+    monkeypatch.setattr(eval_synthetic, "StopRequest", StopAfterFourSteps)
     arguments = ["--init_from=meta.pt", *TUNE, "--val_interval=100", "--task_warmup=0"]
-    assert "the gradient's norm nan" in refusal(eval_synthetic.main, [*arguments, "--task_lr=1e38"])
+    message = refusal(eval_synthetic.main, [*arguments, "--task_lr=1e38"])
+    assert "the gradient's norm nan" in message
     assert glob.glob("out/*.pt") == []
-    with pytest.raises(SystemExit, match="stopped at step 4; the same command without --overwrite goes on from there$"):
+    with pytest.raises(SystemExit, match="stopped at step 4; .*without --overwrite.* goes on"):
         eval_synthetic.main([*arguments, "--task_lr=1e-3", "--overwrite"])
     assert len(glob.glob("out/*.pt")) == 1
 
 
 @pytest.mark.parametrize("args, expected", [
-    (["--task=juggling"], "task=juggling: expected one of list_recall, segment_counting, parity, copying, all (task: command line)"),
+    (["--task=juggling"], "task=juggling: expected one of list_recall, segment_counting, parity, "
+                          "copying, all (task: command line)"),
     (["--placement=above"], "placement=above: expected one of"),
     (["--marker=flag"], "marker=flag: expected one of"),
     (["--eval_lengths=128,many"], "eval_lengths=128,many: expected lengths in tokens"),
     (["--eval_lengths=+192"], "eval_lengths=+192: expected lengths in tokens"),
-    (["--task_lr=1e-3,fast"], "task_lr=1e-3,fast: expected learning rates above 0, such as 3e-4"),
-    (["--task_lr=0"], "task_lr=0: expected learning rates above 0"),
+    (["--task_lr=1e-3,fast"], "task_lr=1e-3,fast: expected a number"),
+    (["--task_lr=0"], "task_lr=0.0 must be positive"),
     (["--train_length=64"], "train_length=64 is too short: list_recall needs 83 tokens"),
-    (["--eval_lengths=64", "--marker=none"], "eval_lengths=64 is too short: list_recall needs 83 tokens"),
-    (["--task=all", "--eval_lengths=128"], "eval_lengths=128 is too short: segment_counting needs 137 tokens"),
+    (["--eval_lengths=64", "--marker=none"],
+     "eval_lengths=64 is too short: list_recall needs 83 tokens"),
+    (["--task=all", "--eval_lengths=128"],
+     "eval_lengths=128 is too short: segment_counting needs 137 tokens"),
     (["--init_from=plain.pt"], "marker=meta, but the checkpoint has no meta-tokens"),
-    (["--init_from=plain.pt", "--marker=text", "--zero_meta_pos"], "zero_meta_pos=True, but the checkpoint has no meta-tokens"),
-    (["--init_from=plain.pt", "--marker=text", "--rows=full,no_pos"], "no_pos is not among what this model and marker allow: full"),
+    (["--init_from=plain.pt", "--marker=text", "--zero_meta_pos"],
+     "zero_meta_pos=True, but the checkpoint has no meta-tokens"),
+    (["--init_from=plain.pt", "--marker=text", "--rows=full,no_pos"],
+     "no_pos is not among what this model and marker allow: full"),
     (["--init_from=meta.pt", "--add_meta"], "add_meta=True, but the checkpoint has meta-tokens"),
     (["--init_from=ape.pt"], "train_length=192, but there are learned positions for 128"),
     (["--init_from=nowhere"], "no checkpoint nowhere"),
@@ -1750,34 +1838,53 @@ def test_impossible_tunings_are_refused_in_one_line(tmp_path, monkeypatch, args,
     monkeypatch.chdir(tmp_path)
     save_model("meta.pt")
     save_model("ape.pt", pos="absolute", block_size=128)
-    save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
+    save_model("plain.pt", **PLAIN)
     assert expected in refusal(eval_synthetic.main, ["--init_from=meta.pt", *TUNE, *args])
     assert not os.path.exists("results") and not os.path.exists("out")
+
+
+def test_results_of_the_version_that_searched_rates_are_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_model("plain.pt", **PLAIN)
+    arguments = ["--init_from=plain.pt", *TUNE, "--marker=none"]
+    eval_synthetic.main(arguments)
+    [path] = glob.glob("results/*.json")
+    result = json.load(open(path))
+    result["run"]["trial_steps"] = 300
+    json.dump(result, open(path, "w"))
+    capsys.readouterr()
+    eval_synthetic.main(arguments)
+    assert capsys.readouterr().out == f"{path} is there already\n"
 
 
 def test_a_model_extended_by_yarn_is_tuned_and_measured_beyond_its_window(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model("rope.pt", block_size=64)
-    eval_synthetic.main(["--init_from=rope.pt", "--yarn_scale=4", "--block_size=256", *TUNE, "--eval_lengths=192,640", "--task_lr=1e-3",
-                         "--rows=full", "--label=yarn"])
+    eval_synthetic.main(["--init_from=rope.pt", "--yarn_scale=4", "--block_size=256", *TUNE,
+                         "--eval_lengths=192,640", "--rows=full", "--label=yarn"])
     name = "yarn_list_recall_task_meta_192_s5_1337"
     rows = eval_synthetic.read_result(f"results/{name}.json")["rows"]
     assert [(row["length"], row["n"]) for row in rows] == [(192, 12), (640, 12)]
-    config = train.load_checkpoint(f"out/{name}.pt")["model_config"]
-    assert (config["block_size"], config["original_block_size"], config["yarn_scale"]) == (256, 64, 4.0)
+    c = GPTConfig(**checkpoint.load(f"out/{name}.pt")["model_config"])
+    assert (c.block_size, c.original_block_size, c.yarn_scale) == (256, 64, 4.0)
 
 
 def test_meta_tokens_are_added_for_fine_tuning(tmp_path, monkeypatch):
+    def opened(*args):
+        config = settings.load([*args, "--init_from=plain.pt", "--add_meta"])
+        return eval_synthetic.open_model(config)
+
     monkeypatch.chdir(tmp_path)
-    save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
-    (model, mark, identity), again = (eval_synthetic.open_model(settings.load(["--init_from=plain.pt", "--add_meta"])) for _ in range(2))
-    assert identity == again[2] and all(torch.equal(a, b) for a, b in zip(model.parameters(), again[0].parameters()))
-    assert mark == model.config.meta_id == 257 and not model.transformer.h[0].meta_attn.c_proj.weight.any()
+    save_model("plain.pt", **PLAIN)
+    (model, mark, identity), (again, _, same_identity) = opened(), opened()
+    assert identity == same_identity
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    assert mark == model.config.meta_id == 257
+    assert not model.transformer.h[0].meta_attn.c_proj.weight.any()
     with open("plain.py", "w") as file:  # how it was pre-trained
         file.write("meta_attention = False\n")
-    arguments = ["plain.py", "--init_from=plain.pt", "--add_meta"]
-    assert eval_synthetic.open_model(settings.load(arguments))[0].config.meta_attention
-    assert not eval_synthetic.open_model(settings.load([*arguments, "--meta_attention=False"]))[0].config.meta_attention
+    assert opened("plain.py")[0].config.meta_attention
+    assert not opened("plain.py", "--meta_attention=False")[0].config.meta_attention
 
 
 # --------------------------------------------------------------------------------------
