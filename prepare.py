@@ -1,12 +1,14 @@
-"""Turns text into files of tokens with meta-tokens scattered among them, ready to train on.
+"""Turns text into files of tokens with meta-tokens among them, ready to train on.
 
-    python prepare.py config/meta_gpt2.py                                    # C4, about 200 GB
+    python prepare.py config/meta_gpt2.py                       # C4, about 200 GB
     python prepare.py --source='books/*.txt' --dataset=books --val_fraction=0.05
 
-A data set is a folder data/<dataset>/ of shards and a manifest.json. A shard is a row of blocks of block_size tokens,
-each with the same number of meta-tokens at places of its own, and one more token: a copy of the next block's first,
-so that a block's targets are the same row of tokens, one later. Killed at any moment and started again, it goes on
-and ends with the same bytes, whatever the number of workers.
+A data set is a folder data/<dataset>/ of shards and a manifest.json. A shard is a row
+of blocks of block_size tokens. Every block has the same number of meta-tokens, at
+places of its own. Its targets are the same row of tokens, one later: a shard ends with
+a copy of the next block's first token. Killed at any moment and started again,
+prepare.py goes on and ends with the same bytes, whatever the number of workers.
+--block_size, --seed and --overwrite count here, too.
 """
 import glob
 import gzip
@@ -17,15 +19,16 @@ import os
 import platform
 import re
 import shlex
-import signal
 import sys
 import sysconfig
 import threading
 import time
 import zlib
 from collections import deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 import config as settings
 
@@ -34,50 +37,60 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-META = "<|meta|>"                 # how the meta-token is printed
+META = "<|meta|>"              # how the meta-token is printed
+SPLITS = ("train", "val")
+DTYPE = np.dtype(np.uint16)    # of the files: GPT-2's ids and the meta-token end at 50,257
 SHARD_TOKENS = 100_000_000
-DTYPE = np.dtype(np.uint16)       # of the files: GPT-2's ids, with the meta-token, end at 50,257
-BATCH_CHARS = 1 << 20             # text handed to a worker at a time, and the longest piece of a plain-text file
-SECTION_CHARS = 1 << 16           # of a lone text file, the unit that goes to training or validation
-SAVE_SECONDS = 10                 # between two notes of how far we are
-PLAIN, ROWS = (".txt", ".md", ".py"), (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+GROUP = 256                    # blocks whose meta-tokens are placed together
+BATCH_CHARS = 1 << 20          # text tokenised at a time; the longest piece of a text file
+SECTION_CHARS = 1 << 16        # a piece of a lone text file
+SAVE_SECONDS = 10              # between two notes of how far we are
+MUST_FIT = ("tokenizer", "block_size", "meta_rate", "meta_placement")  # data and model
+PLAIN_TEXT = (".txt", ".md", ".py")
+ENDINGS = (*PLAIN_TEXT, ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 
 
 def main(argv=None):
-    config = settings.load(argv)
-    if config.verify:
-        manifest = read_manifest(config)
-        verify(config, manifest)
-        print(f"{folder_of(config.dataset)}: {sum(len(s['shards']) for s in manifest['splits'].values())} shards, checksums match")
-    else:
+    config = settings.load(argv, (settings.Data, settings.Preparation), __doc__)
+    if not config.verify:
         prepare(config)
+        return
+    manifest = read_manifest(config)
+    verify(config, manifest)
+    n_shards = sum(len(split["shards"]) for split in manifest["splits"].values())
+    print(f"{folder_of(config.dataset)}: {n_shards} shards, checksums match")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Tokenizers
 
 def get_tokenizer(name):
-    """'gpt2' or 'bytes', as a tiktoken.Encoding. Its n_vocab is the id of the meta-token."""
+    """'gpt2' or 'bytes' as a tiktoken.Encoding. The meta-token's id is its n_vocab."""
     if name == "bytes":
-        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,16}", special_tokens={"<|endoftext|>": 256},
-                                 mergeable_ranks={bytes([i]): i for i in range(256)})
+        return tiktoken.Encoding(
+            "bytes", pat_str=r"[\s\S]{1,16}", special_tokens={"<|endoftext|>": 256},
+            mergeable_ranks={bytes([byte]): byte for byte in range(256)})
     try:
         return tiktoken.get_encoding(name)
     except Exception as e:  # tiktoken downloads by requests, whose errors are many
-        raise SystemExit(f"error: cannot get GPT-2's BPE files ({type(e).__name__}): go online once, or set TIKTOKEN_CACHE_DIR "
-                         "to a folder that holds them, or use --tokenizer=bytes") from None
+        raise SystemExit(
+            f"error: cannot get GPT-2's BPE files ({type(e).__name__}): go online once, or set "
+            "TIKTOKEN_CACHE_DIR to a folder that holds them, or use --tokenizer=bytes") from None
 
 
 def decode(encoding, tokens, show_meta=False):
-    """Text of a list of ids. Meta-tokens and end-of-text are left out; with show_meta they are printed."""
-    if not show_meta:  # a character of several tokens may have a meta-token inside: decode it whole
-        return encoding.decode([token for token in tokens if token < encoding.n_vocab and token != encoding.eot_token])
-    names = {encoding.n_vocab: META, encoding.eot_token: "<|endoftext|>"}
-    return "".join(names[key] * len(list(run)) if key in names else encoding.decode(list(run))
-                   for key, run in itertools.groupby(tokens, lambda token: token if token in names else None))
+    """The text of a list of ids. show_meta prints meta-tokens and end-of-text, too."""
+    special = {encoding.n_vocab: META, encoding.eot_token: "<|endoftext|>"}
+    if not show_meta:  # decode as a whole: a meta-token may stand inside a character
+        return encoding.decode([token for token in tokens if token not in special])
+    text = ""
+    for name, run in itertools.groupby(tokens, key=special.get):
+        run = list(run)
+        text += name * len(run) if name else encoding.decode(run)
+    return text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # Injection (paper, section 3)
 
 def meta_per_block(meta_rate, block_size):
@@ -86,231 +99,263 @@ def meta_per_block(meta_rate, block_size):
 
 
 def meta_places(n_blocks, block_size, n_meta, rng, placement="random"):
-    """Where the meta-tokens of n_blocks blocks go: bool (n_blocks, block_size), n_meta in each row, none at position 0.
+    """Where the meta-tokens go: bool (n_blocks, block_size), n_meta True in each row.
 
-    'random' draws every set of places with equal probability, by Floyd's algorithm on all blocks at once; 'periodic'
-    spaces them evenly.
+    No block begins with one. 'random' draws every set of places with equal probability,
+    by Floyd's algorithm on all blocks at once; 'periodic' spaces them evenly.
     """
     places = np.zeros((n_blocks, block_size), dtype=bool)
     if placement == "periodic":
-        places[:, 1 + (2 * np.arange(n_meta) + 1) * (block_size - 1) // (2 * max(n_meta, 1))] = True
+        middles = (2 * np.arange(n_meta) + 1) * (block_size - 1) // (2 * max(n_meta, 1))
+        places[:, 1 + middles] = True
         return places
     rows = np.arange(n_blocks)
     for last in range(block_size - n_meta, block_size):
         drawn = rng.integers(1, last + 1, size=n_blocks)
-        places[rows, np.where(places[rows, drawn], last, drawn)] = True
+        taken = places[rows, drawn]
+        places[rows, np.where(taken, last, drawn)] = True
     return places
 
 
 def inject(text, places, meta_id):
-    """Fills the False of places, in order, with the text tokens, and the True with meta-tokens."""
+    """Put meta-tokens where places is True, and the text, in order, elsewhere."""
     tokens = np.full(places.shape, meta_id, dtype=text.dtype)
     tokens[~places] = text
     return tokens
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sources: each yields pieces (key, text, ends), where the key's hash decides between training and validation, and
-# ends says that the document does
+# --------------------------------------------------------------------------------------
+# Sources
 
-class Source:
-    """What config.source names: self.files, or a data set on the hub if there are none; its size, if known, and version."""
-
-    def __init__(self, config):
-        self.config, self.bytes, self.version = config, None, None
-        if config.source == "stdlib":
-            root = sysconfig.get_paths()["stdlib"]
-            skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-            self.files = [(key, path) for key, path in files_below(root, (".py",)) if not skip & set(key.split("/")[:-1])]
-            self.version = f"Python {platform.python_version()}"
-        else:
-            self.files = local_files(config)
-        if self.files:
-            self.bytes = sum(os.path.getsize(path) for _, path in self.files)
-            sizes = "".join(f"{key} {os.path.getsize(path)}\n" for key, path in self.files)
-            self.version = self.version or f"{len(self.files)} files, sha256 of names and sizes {sha256(sizes.encode())[:16]}"
-        else:  # at the revision that was begun with: another one since is no reason to begin anew
-            before = {} if config.overwrite else begun_with(folder_of(config.dataset))
-            self.version = before["source_version"] if before.get("source") == config.source else hub_revision(config)
-
-    def pieces(self, skip):
-        """All pieces but the first `skip`."""
-        if not self.files:
-            yield from hub_pieces(self.config, self.version, skip)
-            return
-        for key, path in self.files:
-            for piece in file_pieces(key, path, self.config.text_field, lone=len(self.files) == 1):
-                if skip == 0:
-                    yield piece
-                else:
-                    skip -= 1
+class Piece(NamedTuple):
+    """A document, or a part of one that is too long to tokenise at once."""
+    key: str     # its hash decides between training and validation
+    text: str
+    ends: bool   # whether the document ends here
 
 
-def begun_with(folder):
-    """The description of the data in a folder, or of the beginning of some; {} if there are none."""
-    for name in ("manifest.json", "progress.json"):
-        with suppress(OSError, ValueError), open(os.path.join(folder, name), encoding="utf-8") as file:
-            there = json.load(file)
-            return there.get("of", there)
-    return {}
+class Source(NamedTuple):
+    version: str        # which Python, which files, or which revision
+    bytes: int | None   # on the disk, if known
+    pieces: Iterator
 
 
-def files_below(root, endings):
-    """(key, path) of the files in a folder, in the order of their keys."""
-    paths = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names if name.endswith(endings)]
-    return sorted((key_of(path, root), path) for path in paths)
+class SourceError(ValueError):
+    """A source that cannot be read. The message is one line for people."""
 
 
-def key_of(path, root):
-    """A document's name wherever the corpus lies: its path below the root, with slashes."""
-    return os.path.relpath(path, root).replace(os.sep, "/")
+def open_source(name, text_field, begun):
+    """The Source of 'stdlib', of local files, or of a data set on the Hugging Face hub.
+
+    Skip the pieces that are done, and stay at the revision of the hub, if `begun` (a
+    progress.json) says that this source was begun with.
+    """
+    files = stdlib_files() if name == "stdlib" else find_files(name)
+    done = begun.get("pieces", 0)
+    if not files:
+        there = begun.get("of", {})
+        same = there.get("source") == name
+        revision = there["source_version"] if same else newest_revision(name)
+        return Source(revision, None, hub_pieces(name, text_field, revision, done))
+    sizes = [os.path.getsize(path) for _, path in files]
+    listing = "".join(f"{key} {size}\n" for (key, _), size in zip(files, sizes))
+    version = f"{len(files)} files, sha256 of names and sizes {sha256(listing.encode())[:16]}"
+    if name == "stdlib":
+        version = f"Python {platform.python_version()}"
+    pieces = itertools.islice(file_pieces(files, text_field), done, None)
+    return Source(version, sum(sizes), pieces)
 
 
-def local_files(config):
-    """(key, path) of the files that config.source names; none if it is a data set on the hub."""
-    files, patterns = [], [os.path.expanduser(pattern) for pattern in config.source.split(",") if pattern]
+def stdlib_files():
+    """(key, path) of the Python standard library without its tests."""
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    files = files_below(sysconfig.get_paths()["stdlib"], (".py",))
+    return [(key, path) for key, path in files if not skip & set(key.split("/")[:-1])]
+
+
+def find_files(source):
+    """(key, path) of local files; [] if the source may be a data set on the hub."""
+    files = []
+    patterns = [os.path.expanduser(pattern) for pattern in source.split(",") if pattern]
     for pattern in patterns:
-        found, exists = [], os.path.exists(pattern)  # brackets may be part of a name
-        root = pattern if os.path.isdir(pattern) else os.path.dirname(pattern if exists else re.split(r"[*?[]", pattern)[0]) or "."
-        for path in [pattern] if exists else sorted(glob.glob(pattern, recursive=True)):
-            if os.path.isdir(path) and "**" not in pattern:
-                found += [(key_of(inner, root), inner) for _, inner in files_below(path, PLAIN + ROWS)]
-            elif os.path.isfile(path) and path.endswith(PLAIN + ROWS):
-                found.append((key_of(path, root), path))
-        is_a_path = exists or pattern.startswith((".", "/")) or glob.has_magic(pattern) or pattern.endswith(PLAIN + ROWS)
-        if not found and (is_a_path or len(patterns) > 1):
-            raise config.error(f"source={pattern}: no such file, or nothing that ends in {', '.join(PLAIN + ROWS)}")
-        files += found
+        exists = os.path.exists(pattern)  # brackets may be part of a name
+        found = [pattern] if exists else sorted(glob.glob(pattern, recursive=True))
+        if "**" in pattern and not exists:  # it finds folders and what is in them
+            found = filter(os.path.isfile, found)
+        paths = [path for place in found for _, path in files_below(place, ENDINGS)]
+        is_path = (exists or pattern.startswith((".", "/")) or glob.has_magic(pattern)
+                   or pattern.endswith(ENDINGS))
+        if not paths and (is_path or len(patterns) > 1):
+            raise SourceError(f"source={pattern}: no such file, or nothing that ends in "
+                              f"{', '.join(ENDINGS)}")
+        root = pattern if exists else re.split(r"[*?[]", pattern)[0]
+        root = root if os.path.isdir(root) else os.path.dirname(root)
+        files += [(key_of(path, root), path) for path in paths]
     return files
 
 
-def file_pieces(key, path, text_field, lone):
-    try:
-        if path.endswith(PLAIN):
-            for i, (text, ends) in enumerate(text_sections(path, SECTION_CHARS if lone else BATCH_CHARS)):
-                yield f"{key}#{i}" if lone else key, text, ends
-        else:
-            for number, row in enumerate(parquet_rows(path, text_field), 1) if path.endswith(".parquet") else json_rows(path):
-                yield row_piece(row, text_field, f"{path}: row {number}")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
-        raise SystemExit(f"error: cannot read {path}: {e}") from None
+def files_below(root, endings):
+    """(key, path) of a file, or of a folder's files in the order of their keys."""
+    if os.path.isfile(root):
+        return [(os.path.basename(root), root)] if root.endswith(endings) else []
+    files = []
+    for folder, _, names in os.walk(root):
+        paths = [os.path.join(folder, name) for name in names if name.endswith(endings)]
+        files += [(key_of(path, root), path) for path in paths]
+    return sorted(files)
 
 
-def row_piece(row, text_field, where):
-    """A row of a table is a document, and its text its own key."""
-    if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-        raise SystemExit(f"error: {where} has no text in '{text_field}': name the column with --text_field=")
-    return row[text_field], row[text_field], True
+def key_of(path, root):
+    """A document's name wherever the corpus lies: its path below the root, with /."""
+    return os.path.relpath(path, root).replace(os.sep, "/")
+
+
+# --------------------------------------------------------------------------------------
+# Reading
+
+def file_pieces(files, text_field):
+    """The pieces of text files, each a document, and of tables of documents."""
+    lone = len(files) == 1  # its sections go to training or validation one by one
+    for key, path in files:
+        try:
+            if path.endswith(PLAIN_TEXT):
+                sections = text_sections(path, SECTION_CHARS if lone else BATCH_CHARS)
+                for number, (text, ends) in enumerate(sections):
+                    yield Piece(f"{key}#{number}" if lone else key, text, ends)
+            elif path.endswith(".parquet"):
+                yield from row_pieces(parquet_rows(path, text_field), text_field, path)
+            else:
+                yield from row_pieces(json_rows(path), text_field, path)
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
+            raise SourceError(f"cannot read {path}: {e}") from None
+
+
+def open_text(path, errors="strict"):
+    """A file of UTF-8, compressed or not, with its line ends as they are."""
+    open_file = gzip.open if path.endswith(".gz") else open
+    return open_file(path, "rt", encoding="utf-8", errors=errors, newline="")
 
 
 def text_sections(path, size):
-    """(text, ends): a file in sections of about `size` characters. They end before a single space between two words, as
-    BPE's own pieces do, or, in a text without any, wherever the size says."""
-    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+    """(text, ends) of a text file, in sections of about `size` characters.
+
+    A section ends before a single space between two words, where BPE cuts as well. In a
+    text without any it ends wherever the size says.
+    """
+    with open_text(path, errors="replace") as file:
         rest = file.read(size)
         while more := file.read(size):
-            cut = rest.rfind(" ", 1, len(rest) - 1)
-            while cut > 0 and (rest[cut - 1].isspace() or rest[cut + 1].isspace()):
-                cut = rest.rfind(" ", 1, cut)
-            cut = cut if cut > 0 else len(rest)
-            yield rest[:cut], False
-            rest = rest[cut:] + more
+            up_to_last_word = re.match(r".*\S(?= \S)", rest, re.DOTALL)
+            section = up_to_last_word[0] if up_to_last_word else rest
+            yield section, False
+            rest = rest[len(section):] + more
         yield rest, True
 
 
 def json_rows(path):
-    """(number, row) of every line that is not blank."""
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+    """(line number, row) of every line that is not blank."""
+    with open_text(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 if not line.isspace():
                     yield number, json.loads(line)
             except ValueError as e:
-                raise SystemExit(f"error: {path}:{number}: not JSON ({e})") from None
+                raise SourceError(f"{path}:{number}: not JSON ({e})") from None
 
 
 def parquet_rows(path, text_field):
+    """(number, row) of every row, which holds only the column text_field."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
     try:
         file = ParquetFile(path)
         columns = [text_field] if text_field in file.schema_arrow.names else []
-        for batch in file.iter_batches(batch_size=1000, columns=columns):
-            yield from batch.to_pylist()
+        batches = file.iter_batches(batch_size=1000, columns=columns)
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from enumerate(rows, 1)
     except ArrowException as e:
-        raise SystemExit(f"error: cannot read {path}: {str(e).splitlines()[0]}") from None
+        raise SourceError(f"cannot read {path}: {str(e).splitlines()[0]}") from None
+
+
+def row_pieces(rows, text_field, where):
+    """A row is a document, and its text is its key."""
+    for number, row in rows:
+        text = row.get(text_field) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise SourceError(f"{where}: row {number} has no text in '{text_field}': "
+                              "name the column with --text_field=")
+        yield Piece(text, text, True)
+
+
+def hub_pieces(source, text_field, revision, skip):
+    """The pieces of a data set on the hub behind the first `skip`, streamed."""
+    name, _, configuration = source.partition(":")
+    with hub_errors(source):
+        from datasets import load_dataset
+        rows = load_dataset(name, configuration or None, split="train", streaming=True,
+                            revision=revision)
+        yield from row_pieces(enumerate(rows.skip(skip), skip + 1), text_field, source)
+
+
+def newest_revision(source):
+    with hub_errors(source):
+        from huggingface_hub import HfApi
+        return HfApi().dataset_info(source.partition(":")[0]).sha
 
 
 @contextmanager
-def hub_errors(config):
+def hub_errors(source):
     try:
         yield
-    except Exception as e:  # offline, unknown, private, not installed, a stream that breaks: the hub's errors are many
-        raise config.error(f"source={config.source}: cannot be read from the Hugging Face hub ({type(e).__name__}: "
-                           f"{str(e).split(chr(10))[0][:100]}): go online, or name local files") from None
+    except SourceError:
+        raise
+    except Exception as e:  # offline, unknown, private, not installed, a broken stream ...
+        reason = f"{type(e).__name__}: {str(e)[:100]}".splitlines()[0]
+        raise SourceError(f"source={source}: cannot be read from the Hugging Face hub "
+                          f"({reason}): go online, or name local files") from None
 
 
-def hub_revision(config):
-    with hub_errors(config):
-        from huggingface_hub import HfApi
-        return HfApi().dataset_info(config.source.partition(":")[0]).sha
+# --------------------------------------------------------------------------------------
+# Tokenising, in threads: tiktoken releases Python's lock while it works
+
+class Tokeniser(threading.local):
+    """Turns a batch of pieces into tokens.
+
+    Each thread that uses it calls __init__ and gets an encoding of its own: threads
+    that share one wait for each other at its regular expression.
+    """
+
+    def __init__(self, encoding, val_fraction):
+        self.val_fraction = val_fraction
+        self.encoding = tiktoken.Encoding(
+            encoding.name, pat_str=encoding._pat_str, special_tokens=encoding._special_tokens,
+            mergeable_ranks=encoding._mergeable_ranks)
+
+    def __call__(self, batch):
+        """{'train': (n,), 'val': (m,)}, end-of-text behind each document."""
+        parts = {split: [np.empty(0, DTYPE)] for split in SPLITS}
+        for key, text, ends in batch:
+            split = split_of(key, self.val_fraction)
+            text = text.encode("utf-8", "replace").decode()  # a lone surrogate is no text
+            parts[split].append(self.encoding.encode_to_numpy(text, disallowed_special=()))
+            if ends:
+                parts[split].append([self.encoding.eot_token])
+        return {split: np.concatenate(tokens, dtype=DTYPE, casting="unsafe")
+                for split, tokens in parts.items()}
 
 
-def hub_pieces(config, revision, skip):
-    """A Hugging Face data set, streamed at one revision, so that a resumed run reads the same."""
-    with hub_errors(config):
-        from datasets import load_dataset
-        name, _, configuration = config.source.partition(":")
-        rows = load_dataset(name, configuration or None, split="train", streaming=True, revision=revision)
-        for number, row in enumerate(rows.skip(skip), skip + 1):
-            yield row_piece(row, config.text_field, f"{config.source}: row {number}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenising, in worker processes
-
-def start_worker():
-    """A worker ends with its parent, and leaves Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def end_with_parent():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def start_tokeniser(tokenizer, val_fraction):
-    global encoding, val_share
-    start_worker()
-    encoding, val_share = get_tokenizer(tokenizer), val_fraction
-
-
-def tokenise(batch):
-    """The tokens of a list of pieces, each document ended by end-of-text: {'train': (n,), 'val': (m,)}."""
-    tokens = {"train": [], "val": []}
-    for key, text, ends in batch:
-        text = text.encode("utf-8", "replace").decode()  # a lone surrogate is no text
-        split = tokens["val" if is_validation(key, val_share) else "train"]
-        split.append(encoding.encode_to_numpy(text, disallowed_special=()))
-        if ends:
-            split.append(np.array([encoding.eot_token]))
-    return {split: np.concatenate([np.empty(0, DTYPE), *parts], dtype=DTYPE, casting="unsafe") for split, parts in tokens.items()}
-
-
-def is_validation(key, val_fraction):
+def split_of(key, val_fraction):
+    """'train' or 'val', by the hash of the key."""
     digest = hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < val_fraction * 2**64
+    return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
 
 
-def batches(pieces):
-    """Lists of pieces of about BATCH_CHARS characters."""
+def batches_of(pieces):
+    """Lists of pieces with about BATCH_CHARS characters in all."""
     batch, chars = [], 0
     for piece in pieces:
         batch.append(piece)
-        chars += len(piece[1])
+        chars += len(piece.text)
         if chars >= BATCH_CHARS:
             yield batch
             batch, chars = [], 0
@@ -319,7 +364,7 @@ def batches(pieces):
 
 
 def ordered_map(pool, function, items, ahead):
-    """(item, function(item)) in order, computed by the pool with at most `ahead` items under way."""
+    """(item, function(item)) in order. The pool holds at most `ahead` items."""
     pending = deque()
     for item in items:
         pending.append((item, pool.submit(function, item)))
@@ -330,229 +375,242 @@ def ordered_map(pool, function, items, ahead):
         yield item, future.result()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing
-
-class SplitWriter:
-    """Cuts one split's text tokens into blocks, injects the meta-tokens and appends to shards."""
-    GROUP = 256  # blocks whose places are drawn together
-
-    def __init__(self, folder, split, config, meta_id):
-        self.folder, self.split, self.config, self.meta_id = folder, split, config, meta_id
-        self.n_meta = meta_per_block(config.meta_rate, config.block_size)
-        self.text_per_block = config.block_size - self.n_meta
-        self.blocks_per_shard = max(SHARD_TOKENS // config.block_size, 1)
-        self.shards, self.blocks, self.file = [], 0, None  # finished shards; blocks in all
-        self.rest = np.empty(0, DTYPE)                     # text that is no whole block yet
-        self.group, self.places = None, None
-
-    def path(self, number):
-        return os.path.join(self.folder, f"{self.split}_{number:05d}.bin")
-
-    def state(self):
-        if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        return {"shards": self.shards, "blocks": self.blocks, "rest": self.rest.tolist()}
-
-    def resume(self, state):
-        """Goes on from a state, and forgets what was written after it."""
-        self.shards, self.blocks = state["shards"], state["blocks"]
-        self.rest = np.array(state["rest"], DTYPE)
-        size = self.blocks % self.blocks_per_shard * self.config.block_size * DTYPE.itemsize
-        if size:
-            self.file = open(self.path(len(self.shards)), "r+b")
-            self.file.truncate(size)
-            self.file.seek(size)
-
-    def add(self, text):
-        self.rest = np.concatenate([self.rest, text])
-        while (len(self.rest) - 1) // self.text_per_block > 0:  # one token stays: the copy that ends a shard
-            group, row = divmod(self.blocks, self.GROUP)
-            if group != self.group:
-                rng = np.random.default_rng([self.config.seed, self.split == "val", group])
-                self.group = group
-                self.places = meta_places(self.GROUP, self.config.block_size, self.n_meta, rng, self.config.meta_placement)
-            n = min((len(self.rest) - 1) // self.text_per_block, self.GROUP - row,
-                    self.blocks_per_shard - self.blocks % self.blocks_per_shard)
-            text, self.rest = np.split(self.rest, [n * self.text_per_block])
-            self.file = self.file or open(self.path(len(self.shards)), "wb")
-            self.file.write(inject(text, self.places[row:row + n], self.meta_id).tobytes())
-            self.blocks += n
-            if self.blocks % self.blocks_per_shard == 0:
-                self.end_shard()
-
-    def end_shard(self):
-        self.file.write(self.rest[:1].tobytes())
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self.file = None
-        path = self.path(len(self.shards))
-        tokens = os.path.getsize(path) // DTYPE.itemsize
-        self.shards.append({"file": os.path.basename(path), "tokens": tokens, "bytes": os.path.getsize(path), "sha256": sha256_of(path)})
-
-    def close(self):
-        """Ends the last shard; returns this split's part of the manifest."""
-        if self.file:
-            self.end_shard()
-        return {"blocks": self.blocks, "tokens": self.blocks * self.config.block_size, "text_tokens": self.blocks * self.text_per_block,
-                "dropped_text_tokens": len(self.rest), "shards": self.shards}
-
-
-def prepare(config):
-    """Writes data/<dataset>/ as the config says, or says that it is there already. Raises SystemExit with one line."""
-    folder, again = folder_of(config.dataset), "the same command" + " without --overwrite" * config.overwrite
-    try:
-        encoding, source = get_tokenizer(config.tokenizer), Source(config)
-        description = {
-            "format": 1, "tokenizer": config.tokenizer, "text_vocab_size": encoding.n_vocab, "meta_id": encoding.n_vocab,
-            "block_size": config.block_size, "meta_rate": config.meta_rate,
-            "meta_per_block": meta_per_block(config.meta_rate, config.block_size), "meta_placement": config.meta_placement,
-            "seed": config.seed, "source": config.source, "source_version": source.version, "text_field": config.text_field,
-            "val_fraction": config.val_fraction, "max_tokens": config.max_tokens,
-        }
-        if os.path.exists(os.path.join(folder, "manifest.json")) and not config.overwrite:
-            refuse_other(config, read_manifest(config), description)
-            print(f"{folder} is prepared already")
-            return
-        writers = {split: SplitWriter(folder, split, config, encoding.n_vocab) for split in ("train", "val")}
-        os.makedirs(folder, exist_ok=True)
-        progress = begin(config, description, writers)
-        write_tokens(config, source, writers, progress)
-        finish(config, writers, progress)
-    except KeyboardInterrupt:
-        raise SystemExit(f"\ninterrupted; {again} goes on from here") from None
-    except BrokenExecutor:
-        raise SystemExit(f"error: a worker was killed, for want of memory perhaps; {again} goes on from here, with fewer --workers= "
-                         "if need be") from None
-    except OSError as e:
-        raise SystemExit(f"error: cannot write {folder}: {e.strerror}; make room, and {again} goes on from here") from None
-
-
-def refuse_other(config, there, description):
-    """Refuses to take a folder's data, or the beginning of some, for what the description says."""
-    for name, value in description.items():
-        if there.get(name) != value:
-            raise config.error(f"{folder_of(config.dataset)} holds data of {name} {there.get(name)}, not {value}: name another --dataset, "
-                               "or --overwrite them")
-
-
-def begin(config, description, writers):
-    """How far an interrupted run came, with the writers set to go on there; or a fresh start."""
-    folder, progress = folder_of(config.dataset), {"of": description, "pieces": 0, "documents": 0, "chars": 0, "tokens": 0}
-    path = os.path.join(folder, "progress.json")
-    if config.overwrite or not os.path.exists(path):
-        remove_from(folder, os.listdir(folder))
-        return progress
-    with open(path, encoding="utf-8") as file:
-        saved = json.load(file)
-    refuse_other(config, saved["of"], description)
-    for split, writer in writers.items():
-        writer.resume(saved[split])
-    print(f"going on behind {saved['documents']:,} documents, {saved['tokens']:,} text tokens")
-    return {name: saved[name] for name in progress}
-
-
-def write_tokens(config, source, writers, progress):
-    """Tokenises the source from where progress is, and notes every few seconds how far it came."""
-    def save():
-        state = {split: writer.state() for split, writer in writers.items()}
-        write_json(os.path.join(folder_of(config.dataset), "progress.json"), progress | state)
-
-    limit = config.max_tokens or sys.maxsize
-    if progress["tokens"] >= limit:
-        return
-    workers = config.workers or cores()
-    pool = ProcessPoolExecutor(workers, initializer=start_tokeniser, initargs=(config.tokenizer, config.val_fraction))
-    bar = tqdm(desc=f"preparing {folder_of(config.dataset)}", unit=" tokens", unit_scale=True, initial=progress["tokens"],
-               total=config.max_tokens or None)
-    saved_at = time.monotonic()
-    try:
-        for batch, tokens in ordered_map(pool, tokenise, batches(source.pieces(progress["pieces"])), ahead=2 * workers + 1):
-            room = max(limit - progress["tokens"] - len(tokens["val"]), 0)  # all of the validation text, and training text up to the limit
-            tokens["train"] = tokens["train"][:room]
-            for split, writer in writers.items():
-                writer.add(tokens[split])
-                progress["tokens"] += len(tokens[split])
-            progress["pieces"] += len(batch)
-            progress["documents"] += sum(ends for _, _, ends in batch)
-            progress["chars"] += sum(len(text) for _, text, _ in batch)
-            if source.bytes and not config.max_tokens:
-                bar.total = max(progress["tokens"], round(progress["tokens"] / max(progress["chars"], 1) * source.bytes))
-            bar.update(progress["tokens"] - bar.n)
-            if progress["tokens"] >= limit:
-                break
-            if time.monotonic() - saved_at > SAVE_SECONDS:
-                save()
-                saved_at = time.monotonic()
-        bar.total = progress["tokens"]
-    finally:
-        bar.close()
-        pool.shutdown(cancel_futures=True)
-
-
 def cores():
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def finish(config, writers, progress):
-    """Ends the shards and writes the manifest, with which the data set is complete."""
+# --------------------------------------------------------------------------------------
+# Writing
+
+class SplitWriter:
+    """Cuts one split's text into blocks, injects the meta-tokens and writes shards."""
+
+    def __init__(self, folder, split, recipe):
+        self.folder, self.split, self.recipe = folder, split, recipe
+        self.block_size = recipe["block_size"]
+        self.text_per_block = self.block_size - recipe["meta_per_block"]
+        self.blocks_per_shard = max(SHARD_TOKENS // self.block_size, 1)
+        self.blocks, self.shards, self.file = 0, [], None  # in all; finished ones; open one
+        self.rest = np.empty(0, DTYPE)                     # text that is no whole block yet
+        self.group, self.places = None, None
+
+    def state(self):
+        """How far we are, with everything up to there safe on the disk."""
+        if self.file:
+            flush(self.file)
+        return {"shards": self.shards, "blocks": self.blocks, "rest": self.rest.tolist()}
+
+    def resume(self, state):
+        """Go on from a state, and forget what was written after it."""
+        self.shards, self.blocks = state["shards"], state["blocks"]
+        self.rest = np.array(state["rest"], DTYPE)
+        if blocks := self.blocks % self.blocks_per_shard:
+            self.file = open(self.path(), "r+b")
+            self.file.truncate(blocks * self.block_size * DTYPE.itemsize)
+            self.file.seek(0, os.SEEK_END)
+
+    def path(self):
+        """Of the shard that is being written."""
+        return f"{self.folder}/{self.split}_{len(self.shards):05d}.bin"
+
+    def add(self, text):
+        """Write the blocks that there is text for. One token stays for end_shard."""
+        self.rest = np.concatenate([self.rest, text])
+        while len(self.rest) > self.text_per_block:
+            places = self.next_places()[:(len(self.rest) - 1) // self.text_per_block]
+            text, self.rest = np.split(self.rest, [len(places) * self.text_per_block])
+            self.file = self.file or open(self.path(), "wb")
+            self.file.write(inject(text, places, self.recipe["meta_id"]).tobytes())
+            self.blocks += len(places)
+            if self.blocks % self.blocks_per_shard == 0:
+                self.end_shard()
+
+    def next_places(self):
+        """The places in the next blocks, up to the end of a group or of the shard."""
+        group, row = divmod(self.blocks, GROUP)
+        if group != self.group:
+            self.group = group
+            rng = np.random.default_rng([self.recipe["seed"], SPLITS.index(self.split), group])
+            self.places = meta_places(GROUP, self.block_size, self.recipe["meta_per_block"], rng,
+                                      self.recipe["meta_placement"])
+        left_in_shard = self.blocks_per_shard - self.blocks % self.blocks_per_shard
+        return self.places[row:row + left_in_shard]
+
+    def end_shard(self):
+        self.file.write(self.rest[:1].tobytes())  # the copy of the next block's first token
+        flush(self.file)
+        self.file.close()
+        self.file, path = None, self.path()
+        size = os.path.getsize(path)
+        self.shards.append({"file": os.path.basename(path), "tokens": size // DTYPE.itemsize,
+                            "bytes": size, "sha256": sha256_of(path)})
+
+    def close(self):
+        """End the last shard; return this split's part of the manifest."""
+        if self.file:
+            self.end_shard()
+        return {"blocks": self.blocks, "tokens": self.blocks * self.block_size,
+                "text_tokens": self.blocks * self.text_per_block,
+                "dropped_text_tokens": len(self.rest), "shards": self.shards}
+
+
+class Preparation:
+    """A data set that is being written, and how far its source has been read."""
+
+    def __init__(self, folder, recipe):
+        self.folder, self.recipe = folder, recipe
+        self.limit = recipe["max_tokens"] or sys.maxsize
+        self.writers = {split: SplitWriter(folder, split, recipe) for split in SPLITS}
+        self.done = {"pieces": 0, "documents": 0, "chars": 0, "tokens": 0}
+
+    def save(self):
+        states = {split: writer.state() for split, writer in self.writers.items()}
+        write_json(f"{self.folder}/progress.json", {"of": self.recipe} | self.done | states)
+
+    def resume(self, saved):
+        self.done = {name: saved[name] for name in self.done}
+        for split, writer in self.writers.items():
+            writer.resume(saved[split])
+        print(f"going on behind {saved['documents']:,} documents, {saved['tokens']:,} text tokens")
+
+    def run(self, source, tokenise, workers):
+        """Read on, to the end of the source or to max_tokens, and save now and then."""
+        bar = tqdm(desc=f"preparing {self.folder}", unit=" tokens", unit_scale=True,
+                   initial=self.done["tokens"], total=self.recipe["max_tokens"] or None)
+        saved_at = time.monotonic()
+        with ThreadPoolExecutor(workers) as pool, bar:
+            batches = batches_of(source.pieces)
+            for batch, tokens in ordered_map(pool, tokenise, batches, ahead=2 * workers + 1):
+                self.add(batch, tokens)
+                if source.bytes and not self.recipe["max_tokens"]:
+                    tokens_per_char = self.done["tokens"] / max(self.done["chars"], 1)
+                    bar.total = max(self.done["tokens"], round(tokens_per_char * source.bytes))
+                bar.update(self.done["tokens"] - bar.n)
+                if self.done["tokens"] >= self.limit:
+                    break
+                if time.monotonic() - saved_at > SAVE_SECONDS:
+                    self.save()
+                    saved_at = time.monotonic()
+            bar.total = self.done["tokens"]
+
+    def add(self, batch, tokens):
+        """Write a batch: all validation text, and training text up to max_tokens."""
+        room = max(self.limit - self.done["tokens"] - len(tokens["val"]), 0)
+        tokens["train"] = tokens["train"][:room]
+        for split, writer in self.writers.items():
+            writer.add(tokens[split])
+            self.done["tokens"] += len(tokens[split])
+        self.done["pieces"] += len(batch)
+        self.done["documents"] += sum(piece.ends for piece in batch)
+        self.done["chars"] += sum(len(piece.text) for piece in batch)
+
+    def finish(self):
+        """Complete the data set: write its manifest. Raise if a split is empty."""
+        splits = {split: writer.close() for split, writer in self.writers.items()}
+        for split, part in splits.items():
+            if part["blocks"] == 0:
+                raise SourceError(
+                    f"val_fraction={self.recipe['val_fraction']} left the {split} split "
+                    f"{part['dropped_text_tokens']} text tokens of {self.done['documents']} "
+                    f"documents, less than a block of block_size={self.recipe['block_size']}")
+        manifest = self.recipe | {"documents": self.done["documents"], "splits": splits}
+        write_json(f"{self.folder}/manifest.json", manifest)
+        with suppress(FileNotFoundError):
+            os.remove(f"{self.folder}/progress.json")
+        counts = [f"{part['tokens']:,} {split} tokens ({part['text_tokens']:,} text)"
+                  for split, part in splits.items()]
+        print(f"{self.folder}: {', '.join(counts)}")
+
+
+def prepare(config):
+    """Write data/<dataset>/ unless it is there. Raise SystemExit with one line."""
     folder = folder_of(config.dataset)
-    splits = {split: writer.close() for split, writer in writers.items()}
-    for split, part in splits.items():
-        if part["blocks"] == 0:
-            raise config.error(f"val_fraction={config.val_fraction} left the {split} split {part['dropped_text_tokens']} text tokens of "
-                               f"{progress['documents']} documents, less than a block of block_size={config.block_size}")
-    write_json(os.path.join(folder, "manifest.json"), progress["of"] | {"documents": progress["documents"], "splits": splits})
-    remove_from(folder, ["progress.json"])
-    print(f"{folder}: " + ", ".join(f"{part['tokens']:,} {split} tokens ({part['text_tokens']:,} text)" for split, part in splits.items()))
+    again = "the same command without --overwrite" if config.overwrite else "the same command"
+    begun = read_begun(config)
+    try:
+        encoding = get_tokenizer(config.tokenizer)
+        source = open_source(config.source, config.text_field, begun)
+        recipe = recipe_of(config, encoding, source.version)
+        if begun:
+            check_same(config, begun["of"], recipe)
+        if os.path.exists(f"{folder}/manifest.json") and not config.overwrite:
+            print(f"{folder} is prepared already")
+            return
+        preparation = Preparation(folder, recipe)
+        if begun:
+            preparation.resume(begun)
+        else:
+            os.makedirs(folder, exist_ok=True)
+            remove_our_files(folder)
+        preparation.run(source, Tokeniser(encoding, config.val_fraction),
+                        config.workers or cores())
+        preparation.finish()
+    except SourceError as e:
+        raise config.error(e) from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"\ninterrupted; {again} goes on from here") from None
+    except OSError as e:
+        raise SystemExit(f"error: cannot write {folder}: {e.strerror}; make room, "
+                         f"and {again} goes on from here") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def recipe_of(config, encoding, source_version):
+    """All that decides what is written; the head of the manifest."""
+    return {
+        "format": 1,
+        "tokenizer": config.tokenizer,
+        "text_vocab_size": encoding.n_vocab,
+        "meta_id": encoding.n_vocab,
+        "block_size": config.block_size,
+        "meta_rate": config.meta_rate,
+        "meta_per_block": meta_per_block(config.meta_rate, config.block_size),
+        "meta_placement": config.meta_placement,
+        "seed": config.seed,
+        "source": config.source,
+        "source_version": source_version,
+        "text_field": config.text_field,
+        "val_fraction": config.val_fraction,
+        "max_tokens": config.max_tokens,
+    }
+
+
+# --------------------------------------------------------------------------------------
 # The folder
 
 def folder_of(dataset):
     return os.path.join("data", dataset)
 
 
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
+def read_begun(config):
+    """progress.json; {"of": manifest} if the data are complete; {} to begin anew."""
+    folder = folder_of(config.dataset)
+    if config.overwrite:
+        return {}
+    if os.path.exists(f"{folder}/manifest.json"):
+        return {"of": read_manifest(config)}
+    with suppress(FileNotFoundError), open(f"{folder}/progress.json", encoding="utf-8") as file:
+        return json.load(file)
+    return {}
 
 
-def sha256_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path, value):
-    """All of it, or nothing."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
-
-
-def remove_from(folder, names):
-    """Removes our own files, among names, from a folder."""
-    for name in names:
-        if name in ("manifest.json", "progress.json") or (name.startswith(("train_", "val_")) and name.endswith(".bin")):
-            path = os.path.join(folder, name)
-            if os.path.exists(path):
-                os.remove(path)
+def remove_our_files(folder):
+    """Remove the files that a preparation writes."""
+    for name in sorted(os.listdir(folder)):
+        if re.fullmatch(r"manifest\.json|progress\.json|(train|val)_.*\.bin", name):
+            os.remove(os.path.join(folder, name))
 
 
 def read_manifest(config):
-    """data/<dataset>/manifest.json, its shards' sizes checked. Raises SystemExit with one line."""
+    """manifest.json, with the sizes checked. Raise SystemExit with one line."""
     folder, command = folder_of(config.dataset), prepare_command(config)
     path = os.path.join(folder, "manifest.json")
     try:
         with open(path, encoding="utf-8") as file:
             manifest = json.load(file)
-        sizes = {shard["file"]: shard["bytes"] for split in ("train", "val") for shard in manifest["splits"][split]["shards"]}
-        for name in ("tokenizer", "text_vocab_size", "meta_id", "block_size", "meta_rate", "meta_per_block", "meta_placement"):
+        shards = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+        sizes = {shard["file"]: shard["bytes"] for shard in shards}
+        for name in ("text_vocab_size", "meta_id", "meta_per_block", *MUST_FIT):
             manifest[name]
     except FileNotFoundError:
         raise SystemExit(f"error: no data in {folder}: run {command}") from None
@@ -568,29 +626,66 @@ def read_manifest(config):
 
 
 def check_fit(config, manifest):
-    """Refuses data that were prepared otherwise than the config says, with the command that would make it right."""
-    for name in ("tokenizer", "block_size", "meta_rate", "meta_placement"):
-        if manifest[name] != getattr(config, name):
-            raise config.error(f"{folder_of(config.dataset)} was prepared with {name} {manifest[name]}, but {name}={getattr(config, name)}: "
-                               f"name another --dataset, or run {prepare_command(config)} --overwrite")
+    """Refuse data that the model of the config cannot train on."""
+    check_same(config, manifest, {name: getattr(config, name) for name in MUST_FIT})
+
+
+def check_same(config, there, wanted):
+    """Refuse data that were prepared, or begun, with other values than wanted."""
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            raise config.error(
+                f"{folder_of(config.dataset)} was prepared with {name} {there.get(name)}, but "
+                f"{name}={value}: name another --dataset, or run {prepare_command(config)} "
+                "--overwrite")
 
 
 def verify(config, manifest):
-    """Compares every shard's checksum with the manifest."""
+    """Compare all checksums with the manifest's. Raise SystemExit with one line."""
     for split in manifest["splits"].values():
         for shard in split["shards"]:
             path = os.path.join(folder_of(config.dataset), shard["file"])
             if sha256_of(path) != shard["sha256"]:
-                raise SystemExit(f"error: {path} was altered (its checksum differs): run {prepare_command(config)} --overwrite")
+                raise SystemExit(f"error: {path} was altered (its checksum differs): "
+                                 f"run {prepare_command(config)} --overwrite")
 
 
 def prepare_command(config):
     """The command that prepares the data that the config asks for."""
-    names = ("dataset", "source", "text_field", "tokenizer", "block_size", "meta_rate", "meta_placement", "val_fraction", "max_tokens",
-             "seed")
-    given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(settings.Config, name)}
-    return shlex.join(["python", "prepare.py", *(f"--{name}={value}" for name, value in given.items())])
+    command = ["python", "prepare.py"]
+    for name in ("dataset", "source", "text_field", "tokenizer", "block_size", "meta_rate",
+                 "meta_placement", "val_fraction", "max_tokens", "seed"):
+        value = getattr(config, name)
+        if value != getattr(settings.Config, name):
+            command.append(f"--{name}={value}")
+    return shlex.join(command)
 
+
+def write_json(path, value):
+    """All of it, or nothing."""
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        flush(file)
+    os.replace(path + ".tmp", path)
+
+
+def flush(file):
+    """Do not return before the file is safe on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --------------------------------------------------------------------------------------
+# Reading the blocks
 
 class Blocks:
     """The blocks of one split: x is a block, y the same tokens one later."""

@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import re
@@ -849,7 +848,7 @@ def test_without_meta_tokens_the_files_are_the_documents(workplace, tokenizer, r
     for split in ("train", "val"):
         expected = []
         for name, text in sorted(names):
-            if prepare.is_validation(name, 0.2) == (split == "val"):
+            if prepare.split_of(name, 0.2) == split:
                 expected += [*encoding.encode_ordinary(text), encoding.eot_token]
         dropped = manifest["splits"][split]["dropped_text_tokens"]
         assert found[split] == expected[:len(expected) - dropped + 1] and 0 < dropped <= 32
@@ -861,20 +860,6 @@ def test_preparation_does_not_depend_on_the_number_of_workers(workplace, monkeyp
     for workers in (1, 3):
         prepare.prepare(configure(f"--workers={workers}", f"--dataset=w{workers}"))
     assert folder_bytes("data/w1") == folder_bytes("data/w3")
-
-
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_preparation_works_however_processes_start(workplace, method):
-    if method not in multiprocessing.get_all_start_methods():
-        pytest.skip("this system cannot start processes so")
-    prepare.prepare(configure("--dataset=usual"))
-    program = (f"import multiprocessing, sys; sys.path.insert(0, {HERE!r}); import prepare; prepare.SHARD_TOKENS = 640\n"
-               f"if __name__ == '__main__':\n    multiprocessing.set_start_method('{method}')\n    prepare.main()")
-    (workplace / "program.py").write_text(program)
-    arguments = ["--source=texts", "--dataset=other", "--tokenizer=bytes", "--block_size=32", "--val_fraction=0.2", "--workers=2"]
-    result = subprocess.run([sys.executable, "program.py", *arguments], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    assert folder_bytes("data/other") == folder_bytes("data/usual")
 
 
 @pytest.mark.parametrize("limit", ["--max_tokens=0", "--max_tokens=9000"])
@@ -922,35 +907,41 @@ def test_all_formats_hold_the_same_documents(workplace):
     os.makedirs("hub")
     Dataset.from_list(rows).to_parquet("rows.parquet")
     Dataset.from_list(rows).to_parquet("hub/train.parquet")
-    for source in ("jsonl", "rows.parquet", "jsonl/*.jsonl,jsonl/*.gz"):
-        config = configure(f"--source={source}", "--text_field=body")
-        assert [text for _, text, _ in prepare.Source(config).pieces(0)] == TEXTS
-        assert [text for _, text, _ in prepare.Source(config).pieces(100)] == TEXTS[100:]
-    config = configure("--source=hub", "--text_field=body")  # read as a Hugging Face data set, streaming
-    assert [text for _, text, _ in prepare.hub_pieces(config, None, 0)] == TEXTS
-    assert [text for _, text, _ in prepare.hub_pieces(config, None, 110)] == TEXTS[110:]
+    for name in ("jsonl", "rows.parquet", "jsonl/*.jsonl,jsonl/*.gz"):
+        for done in (0, 100):
+            source = prepare.open_source(name, "body", {"pieces": done})
+            assert [piece.text for piece in source.pieces] == TEXTS[done:]
+    for done in (0, 110):  # read as a Hugging Face data set, streaming
+        pieces = prepare.hub_pieces("hub", "body", None, done)
+        assert [piece.text for piece in pieces] == TEXTS[done:]
 
 
 def test_a_data_set_of_the_hub_stays_at_the_revision_that_was_begun_with(workplace, monkeypatch, capsys):
     config, read = configure("--source=some/set"), []
-    monkeypatch.setattr(prepare, "hub_revision", lambda config: "first")
-    monkeypatch.setattr(prepare, "hub_pieces", lambda config, revision, skip: read.append(revision) or ((t, t, True) for t in TEXTS))
+
+    def pieces(source, text_field, revision, skip):
+        read.append(revision)
+        yield from (prepare.Piece(text, text, True) for text in TEXTS)
+
+    monkeypatch.setattr(prepare, "hub_pieces", pieces)
+    monkeypatch.setattr(prepare, "newest_revision", lambda source: "first")
     prepare.prepare(config)
-    monkeypatch.setattr(prepare, "hub_revision", lambda config: pytest.fail("the hub was asked again"))
+    monkeypatch.setattr(prepare, "newest_revision", lambda source: pytest.fail("asked again"))
     prepare.prepare(config)
     assert "is prepared already" in capsys.readouterr().out
-    monkeypatch.setattr(prepare, "hub_revision", lambda config: "second")
+    monkeypatch.setattr(prepare, "newest_revision", lambda source: "second")
     prepare.prepare(configure("--source=some/set", "--overwrite"))
-    assert read == ["first", "second"] and prepare.read_manifest(config)["source_version"] == "second"
+    assert read == ["first", "second"]
+    assert prepare.read_manifest(config)["source_version"] == "second"
 
 
 def test_a_glob_names_documents_by_their_path_below_it(workplace):
-    by_folder = prepare.Source(configure("--source=texts")).files
+    by_folder = prepare.find_files("texts")
     assert len({key for key, _ in by_folder}) == len(TEXTS)
     for source in ("texts/**/*.txt", "texts/*", "texts/[0-9]*.txt,texts/*/*.txt"):
-        assert sorted(prepare.Source(configure(f"--source={source}")).files) == by_folder
+        assert sorted(prepare.find_files(source)) == by_folder
     os.rename("texts", "texts [1]")
-    assert prepare.Source(configure("--source=texts [1]")).files == [(key, f"texts [1]/{key}") for key, _ in by_folder]
+    assert prepare.find_files("texts [1]") == [(key, f"texts [1]/{key}") for key, _ in by_folder]
 
 
 @pytest.mark.parametrize("text", ["".join(TEXTS) + "\n\n\n  x\ny\n \n\nz it's", "A line of words,\r\n\r\nand 3  more.\r\n" * 90,
@@ -989,13 +980,13 @@ def test_max_tokens_stops_there(workplace, monkeypatch):
 
 def test_other_data_are_not_taken_for_what_was_asked(prepared):
     prepare.prepare(configure())  # the same: nothing to do
-    assert "data/d holds data of seed 1337, not 7" in refusal(prepare.main, [*DATA, "--seed=7"])
+    assert "data/d was prepared with seed 1337, but seed=7" in refusal(prepare.main, [*DATA, "--seed=7"])
     prepare.main([*DATA, "--seed=7", "--overwrite"])
     assert read_split("train")[2]["seed"] == 7
 
 
 def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
-    files = prepare.Source(settings.load(["--source=stdlib"])).files
+    files = prepare.stdlib_files()
     keys = [key for key, _ in files]
     assert "os.py" in keys and "json/decoder.py" in keys
     assert not any(part in ("test", "tests", "site-packages") for key in keys for part in key.split("/")[:-1])
