@@ -573,7 +573,8 @@ def draw_perplexity(findings):
         positions = ((edges[:-1] + edges[1:]) / 2)[:len(own["mean"])]
         left.plot(positions, own["mean"], color=f"C{i}", label=name)
         if name == "as trained":  # the intervals of all are about as wide
-            left.fill_between(positions, own["low"], own["high"], color=f"C{i}", alpha=0.15)
+            left.fill_between(positions, own["low"], own["high"], color=f"C{i}", alpha=0.15,
+                              label="its 95% interval")
         contexts = findings["by_context"][name]
         points = [own["minus_one_window"] for own in contexts.values()]
         mean = np.array([point["mean"] for point in points])

@@ -364,7 +364,8 @@ def draw_panel(ax, panel):
               label="no encoder gets below: H(Y) - rate")
     ax.set(title=panel["title"], xlabel="rate: KL(q(z|h) || N(0, I)) (nats)",
            ylabel="held-out distortion: -log q(y|z) (nats)",
-           xlim=(-0.1, 4 * entropy_of_y), ylim=(0.8 * lowest, 1.1 * entropy_of_y))
+           xlim=(-0.1, 4 * entropy_of_y),
+           ylim=(0.8 * min(lowest, entropy_of_y), 1.1 * max(lowest, entropy_of_y)))
     ax.legend(title=f"{panel['examples']['test']:,} held-out examples; band: range of "
               f"{distortion.shape[1]} seeds", fontsize="small")
     ax.grid(alpha=0.3)
