@@ -5,10 +5,10 @@
     python analyze.py --init_from=out --what=attention --start="def main("
     python analyze.py --init_from=out/a.pt --what=rate_distortion --compare=out/b.pt
 
-Each part writes <part>.json and <part>.png, and prints two lines. The files go to
-analysis/ beside the checkpoint (for out/best.pt, to out/analysis/best/), or to
-<out_dir>/analysis/ if --out_dir= is typed. The text is the validation split of the
-checkpoint's data, or of --dataset=. Everything is computed in float32.
+Each part prints a line and writes <part>.json and <part>.png: to analysis/ beside the
+checkpoint (for out/best.pt, to out/analysis/best/), or to <out_dir>/analysis/ if
+--out_dir= is typed. The text is the validation split of the checkpoint's data, or of
+--dataset=. Everything is computed in float32.
 
 Shapes: B sequences, T tokens, M meta-tokens, L layers, C width, nh heads of size hs.
 """
@@ -19,8 +19,8 @@ import sys
 from concurrent.futures import BrokenExecutor
 from dataclasses import asdict
 
-import checkpoint as checkpoints
 import config as settings
+import checkpoint as checkpoints
 import eval_synthetic
 import prepare
 import sample
@@ -57,10 +57,9 @@ def inputs_of(model, idx, modules, zeroed=None):
 
     zeroed: tokens whose input embedding becomes 0, bool (B, T).
     """
-    seen, hooks = [], []
-    for module in modules:
-        hooks.append(module.register_forward_pre_hook(
-            lambda module, args: seen.append((module, *args))))
+    seen = []
+    hooks = [module.register_forward_pre_hook(lambda module, args: seen.append((module, *args)))
+             for module in modules]
     if zeroed is not None:
         hooks.append(model.transformer.wte.register_forward_hook(
             lambda module, args, x: x.masked_fill(zeroed.unsqueeze(-1), 0)))
@@ -86,7 +85,7 @@ def residual_stream(model, idx):
 
 @torch.no_grad()
 def attention_rows(attn, x, rope):
-    """Logits of an attention over x (B, T, C), from its weights, a few queries at a time.
+    """Logits of an attention over x (B, T, C) from its weights, some queries at a time.
 
     Yields (rows, logits): a slice of n queries, and (B, nh, n, rows.stop) before the
     softmax, -inf at later keys. So a long context never takes a T x T matrix.
@@ -134,8 +133,8 @@ def for_json(value):
         return value
     if value.dtype.kind != "f":
         return value.tolist()
-    value = value.astype(float)
-    return np.where(np.isfinite(value), np.round(value, 6), None).tolist()
+    rounded = np.round(value.astype(float), 6)
+    return np.where(np.isfinite(value), rounded, None).tolist()
 
 
 # --------------------------------------------------------------------------------------
@@ -222,7 +221,7 @@ def measure_sharpening(subject):
         for kind, keys in zeroed.items():
             batches[kind].append(sharpen(subject.model, idx, keys, queries))
 
-    values = {kind: joined(own) for kind, own in batches.items()}          # (blocks, L, nh, T)
+    values = {kind: joined(own) for kind, own in batches.items()}      # (blocks, L, nh, T)
     is_value = values["meta"]["drop"].isfinite()
     findings = {"blocks": len(is_value), "values": int(is_value.sum()),
                 "a_value_is": "of a text query, a layer and a head", "interval_is": "over blocks"}
@@ -268,9 +267,8 @@ def sharpening(subject):
     meta, text = (findings[title] for title in KINDS.values())
     return findings, draw_sharpening(findings), (
         f"logit boost {text_of(meta['boost'])} (control {text_of(text['boost'])}), entropy drop "
-        f"{text_of(meta['drop'])} (control {text_of(text['drop'])}) nats; "
-        f"{findings['blocks']} blocks",
-        f"a_j > exp(-H) in {100 * meta['share']['mean']:.1f}% of (query, meta key) pairs")
+        f"{text_of(meta['drop'])} (control {text_of(text['drop'])}) nats; a_j > exp(-H) in "
+        f"{100 * meta['share']['mean']:.1f}% of (query, meta key) pairs")
 
 
 # --------------------------------------------------------------------------------------
@@ -376,10 +374,8 @@ def residual(subject):
     said = [f"{text_of(curve, -1, 0)} and {text_of(curve, -1, far)}"
             for curve in findings["curves"].values()]
     return findings, draw_residual(findings), (
-        f"after the last block, cosine similarity of a meta-token with the text 1 and "
-        f"{distances[far]} tokens back: {said[0]},",
-        f"of the text token before it: {said[1]}; {findings['meta_tokens']:,} meta-tokens of "
-        f"{findings['blocks']} blocks")
+        f"cosine similarity with the text 1 and {distances[far]} tokens back, after the last "
+        f"block: of a meta-token {said[0]}, of the text token before it {said[1]}")
 
 
 # --------------------------------------------------------------------------------------
@@ -404,7 +400,7 @@ def read_prompt(subject):
 
 
 def attention_maps(model, idx, name):
-    """Attention of one sequence, idx (1, T): (L, nh, T, T); (L, nh, M, M) of meta_attn."""
+    """Attention of one sequence (1, T): (L, nh, T, T), of "meta_attn" (L, nh, M, M)."""
     layers = []
     for attn, x, rope in attention_inputs(model, idx, name):
         rows = []
@@ -457,30 +453,26 @@ def draw_attention(findings, maps):
             ax.set(title=f"{kind} attention, layer {layer + 1}, mean over heads", xlabel="key",
                    ylabel="query")
     ax, layers = axes["share"], range(1, last + 2)
+    ax.set(title="attention on meta-tokens by layer", xlabel="layer", ylabel="share of attention",
+           xticks=layers)
     for (which, own), color in zip(findings["attention_on_meta_tokens"].items(), ("C0", "C3")):
         heads = own["per_layer_and_head"]                                  # (L, nh)
         ax.plot(layers, heads, "o", color=color, alpha=0.4)
         ax.plot(layers, heads.mean(1), color=color, label=f"{which} (dots: heads)")
         ax.axhline(own["if_uniform"], color=color, linestyle=":", label=f"{which}, if uniform")
-    ax.set(title="attention on meta-tokens by layer", xlabel="layer", ylabel="share of attention",
-           xticks=layers)
     ax.legend()
     figure.suptitle(f"One prompt of {len(names)} tokens, {len(places)} of them meta-tokens (red)")
     return figure
 
 
 def attention(subject):
-    tokens = read_prompt(subject)
-    findings, maps = measure_attention(subject, tokens)
+    findings, maps = measure_attention(subject, read_prompt(subject))
     said = []
     for which, own in findings["attention_on_meta_tokens"].items():
         heads = 100 * own["per_layer_and_head"]
-        said.append(f"{which.removeprefix('of ')} give meta-tokens {heads.mean():.1f}% of their "
-                    f"attention ({100 * own['if_uniform']:.1f}% if uniform, {heads.max():.1f}% in "
-                    "one head)")
-    n_meta = findings["tokens"].count(prepare.META)
-    return findings, draw_attention(findings, maps), (
-        "; ".join(said), f"one prompt of {len(tokens)} tokens, {n_meta} of them meta-tokens")
+        said.append(f"{heads.mean():.1f}% {which} ({100 * own['if_uniform']:.1f}% if uniform, "
+                    f"{heads.max():.1f}% in one head)")
+    return findings, draw_attention(findings, maps), f"on meta-tokens: {'; '.join(said)}"
 
 
 # --------------------------------------------------------------------------------------
@@ -519,7 +511,7 @@ def variants(c, lengths):
 
 
 def read_sequences(subject):
-    """x and y of validation text, each (n, T): n sequences of four windows, far apart."""
+    """x and y of validation text, each (n, T): sequences of four windows."""
     blocks, length = subject.blocks, 4 * subject.model.config.block_size
     size = -(-length // blocks.block_size)  # blocks of a sequence
     n = min(len(blocks) // size, subject.config.analysis_blocks)
@@ -546,31 +538,30 @@ def measure_losses(subject, name, length, changes, x, y):
 def measure_perplexity(subject):
     """The findings: loss by position, and of the same end by length of context."""
     c = subject.model.config
-    window, longest, tail = c.block_size, 4 * c.block_size, max(c.block_size // 8, 1)
+    window, tail = c.block_size, max(c.block_size // 8, 1)
+    lengths = [window // 4, window // 2, window, 2 * window, 4 * window]
     x, y = read_sequences(subject)
-    edges, one_window = np.linspace(0, longest, 33).astype(int), None
-    findings = {
-        "sequences": len(x), "window": window, "impossible": None, "tail": tail,
+    edges = np.linspace(0, 4 * window, 33).astype(int)
+    by_position, ends, by_context = {}, {}, {}
+    for name, runs in variants(c, lengths).items():
+        ends[name] = {}
+        for length, changes in runs.items():
+            losses = measure_losses(subject, name, length, changes, x, y)
+            ends[name][length] = np.nanmean(losses[:, -tail:], 1)          # (n,)
+        bins = [losses[:, a:b] for a, b in zip(edges, edges[1:]) if b <= length]
+        by_position[name] = estimate(np.stack([np.nanmean(own, 1) for own in bins], 1))
+    for name, own in ends.items():
+        by_context[name] = {}
+        for length, values in own.items():
+            difference = estimate(values - ends["as trained"][window])
+            by_context[name][length] = {**estimate(values), "minus_one_window": difference}
+    return {
+        "sequences": len(x), "window": window, "tail": tail,
+        "impossible": f"learned positions end at {window}" if c.pos == "absolute" else None,
         "interval_is": "over sequences of consecutive validation blocks, meta-tokens in place",
         "by_context_is": f"the text among the last {tail} tokens of a sequence, the same "
                          "whatever the context",
-        "position_edges": edges, "by_position": {}, "by_context": {}}
-    if c.pos == "absolute":
-        findings["impossible"] = f"learned positions end at {window}"
-    lengths = [window, window // 4, window // 2, 2 * window, longest]  # one window comes first
-    for name, runs in variants(c, lengths).items():
-        found = findings["by_context"][name] = {}
-        for length, changes in runs.items():
-            losses = measure_losses(subject, name, length, changes, x, y)
-            at_end = np.nanmean(losses[:, -tail:], 1)                      # (n,)
-            one_window = at_end if one_window is None else one_window
-            found[length] = {**estimate(at_end), "minus_one_window": estimate(at_end - one_window)}
-            if length == max(runs):
-                bins = [losses[:, a:b] for a, b in zip(edges, edges[1:]) if b <= length]
-                by_position = np.stack([np.nanmean(own, 1) for own in bins], 1)
-                findings["by_position"][name] = estimate(by_position)
-        findings["by_context"][name] = dict(sorted(found.items()))
-    return findings
+        "position_edges": edges, "by_position": by_position, "by_context": by_context}
 
 
 def draw_perplexity(findings):
@@ -582,7 +573,8 @@ def draw_perplexity(findings):
         positions = ((edges[:-1] + edges[1:]) / 2)[:len(own["mean"])]
         left.plot(positions, own["mean"], color=f"C{i}", label=name)
         if name == "as trained":  # the intervals of all are about as wide
-            left.fill_between(positions, own["low"], own["high"], color=f"C{i}", alpha=0.15)
+            left.fill_between(positions, own["low"], own["high"], color=f"C{i}", alpha=0.15,
+                              label="its 95% interval")
         contexts = findings["by_context"][name]
         points = [own["minus_one_window"] for own in contexts.values()]
         mean = np.array([point["mean"] for point in points])
@@ -606,21 +598,18 @@ def draw_perplexity(findings):
 
 def perplexity(subject):
     findings = measure_perplexity(subject)
+    window, end = findings["window"], findings["impossible"]
+    title = (f"Validation text of {subject.config.dataset}: {findings['sequences']} sequences, "
+             "95% intervals over them")
     figure = draw_perplexity(findings)
-    end, window = findings["impossible"], findings["window"]
-    sequences = f"{findings['sequences']} sequences"
-    figure.suptitle(f"Validation text of {subject.config.dataset}: {sequences}, 95% intervals "
-                    "over them" + (f"; {end}" if end else ""))
-    beyond = f"no more than one window: {end}"
-    if end is None:
-        said = [f"{name} {text_of(found[4 * window]['minus_one_window'])}"
-                for name, found in findings["by_context"].items()]
-        beyond = f"after {4 * window} tokens, minus after {window}: {', '.join(said)}"
-    found = findings["by_context"]["as trained"]
+    figure.suptitle(title if end is None else f"{title}; {end}")
+    if end is not None:
+        return findings, figure, f"no more than one window: {end}"
+    said = [f"{name} {text_of(found[4 * window]['minus_one_window'])}"
+            for name, found in findings["by_context"].items()]
     return findings, figure, (
-        f"loss of the same last {findings['tail']} tokens after {window // 4} and {window} "
-        f"tokens: {text_of(found[window // 4])} and {text_of(found[window])} nats per text "
-        f"token; {sequences}", beyond)
+        f"loss of the same {findings['tail']} tokens after {4 * window} tokens, minus that after "
+        f"{window}: {', '.join(said)} nats per text token")
 
 
 # --------------------------------------------------------------------------------------
@@ -650,21 +639,19 @@ SHOWN = str.maketrans({"\n": "↵", "\t": "→", " ": "␣", "$": r"\$"})  # $ w
 
 
 def names_of(encoding, tokens):
-    """Readable names: white space is shown; what is no character, in hexadecimal."""
+    """Readable names: white space is shown, half a character as \\x and its byte."""
     names = []
     for token in tokens:
         if token >= encoding.n_vocab:
             names.append(prepare.META)
             continue
         piece = encoding.decode_single_token_bytes(token)
-        text = piece.decode("utf-8", "replace").translate(SHOWN)
-        is_readable = text.isprintable() and "\ufffd" not in text
-        names.append(text if is_readable else piece.hex())
+        names.append(piece.decode("utf-8", "backslashreplace").translate(SHOWN))
     return names
 
 
 # --------------------------------------------------------------------------------------
-# The script. A part makes of a Subject (findings, figure, two lines of summary)
+# The script. A part makes of a Subject (findings, figure, summary in a line)
 
 PARTS = {part.__name__: part
          for part in (sharpening, residual, attention, rate_distortion, perplexity)}
@@ -700,8 +687,8 @@ class Subject:
         config.remember(self.checkpoint["settings"], ("meta_rate", "meta_placement"))
         if not config.given("dataset"):
             config.remember(self.checkpoint["settings"], DATA)
-        # In plain text rate_distortion compares meta-tokens with text, unless the model is
-        # tuned: then it has forgotten plain text.
+        # rate_distortion compares meta-tokens with plain text, which a tuned model has
+        # forgotten
         self.reads_plain_text = has_meta and "run" not in self.checkpoint
         if NEED_TEXT & {*names} or ("rate_distortion" in names and self.reads_plain_text):
             self.open_data()
@@ -759,7 +746,7 @@ def write(subject, name, argv, findings, figure, summary):
         "config": asdict(subject.config)})
     figure.savefig(f"{path}.png.tmp", format="png", dpi=100)
     os.replace(f"{path}.png.tmp", f"{path}.png")
-    print(f"{name}: {summary[0]}\n{' ' * len(name)}  {summary[1]}", flush=True)
+    print(f"{name}: {summary}", flush=True)
 
 
 def main(argv=None):
@@ -777,8 +764,7 @@ def main(argv=None):
     except BrokenExecutor:
         raise SystemExit("error: a worker was killed, for want of memory perhaps") from None
     except torch.OutOfMemoryError:
-        raise SystemExit("error: the device has too little memory: try --device=cpu; the parts "
-                         "that are written stay") from None
+        raise SystemExit("error: the device has too little memory: try --device=cpu") from None
     except OSError as e:
         raise SystemExit(f"error: {e.filename or config.out_dir}: {e.strerror}") from None
 

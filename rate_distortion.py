@@ -85,8 +85,8 @@ def held_out(bottlenecks, x, y, draws=8):
 def rate_distortion_curve(x, y, betas, seeds, steps, lr=2e-2, desc=None):
     """Train a bottleneck for each beta and seed, all at once; measure its best state.
 
-    x and y hold states (n, C) and classes (n,) of "train", "validation" (which says what
-    is best) and "test". Returns (distortion, rate) in nats, each (len(betas), seeds).
+    x and y hold states (n, C) and classes (n,) of "train", "validation" (to choose that
+    state) and "test". Returns (distortion, rate) in nats, each (len(betas), seeds).
     """
     mean, std = x["train"].mean(0), x["train"].std(0).clamp(min=1e-6)
     x = {split: (states - mean) / std for split, states in x.items()}
@@ -235,7 +235,7 @@ def places_of(example, stream):
 def recall_features(reader, split, n, length, device, pool):
     """The states of n examples at places_of, {name: (n, C)}: means over the positions.
 
-    And "first" (n,), the answer's first token, and "y" (n,), its number among all words.
+    And "first" (n,), the answer's first token; "y" (n,), its number among all words.
     """
     features = {"first": [], "y": []}
     examples = eval_synthetic.draw_split(pool, reader.stream, split, length, n)
@@ -276,8 +276,8 @@ def next_token_features(model, blocks, numbers, n, device):
 
 
 # --------------------------------------------------------------------------------------
-# The part. A panel is a list of lines: (label, features by split, and which of these are
-# the states, and which the classes that they are to tell)
+# The part. A panel is a list of lines: (label, features by split, the name in these of
+# the states, that of the classes)
 
 def recall_panels(subject, sizes):
     """{title: panel} about List Recall: between models, and within the first."""
@@ -364,7 +364,8 @@ def draw_panel(ax, panel):
               label="no encoder gets below: H(Y) - rate")
     ax.set(title=panel["title"], xlabel="rate: KL(q(z|h) || N(0, I)) (nats)",
            ylabel="held-out distortion: -log q(y|z) (nats)",
-           xlim=(-0.1, 4 * entropy_of_y), ylim=(0.8 * lowest, 1.1 * entropy_of_y))
+           xlim=(-0.1, 4 * entropy_of_y),
+           ylim=(0.8 * min(lowest, entropy_of_y), 1.1 * max(lowest, entropy_of_y)))
     ax.legend(title=f"{panel['examples']['test']:,} held-out examples; band: range of "
               f"{distortion.shape[1]} seeds", fontsize="small")
     ax.grid(alpha=0.3)
@@ -399,7 +400,4 @@ def rate_distortion(subject):
         "betas": BETAS, "seeds": config.bottleneck_seeds,
         "seeds_are": "of initial weights, noise and order: their range leaves out the choice "
                      "of examples", "panels": measured}
-    return findings, figure, (
-        f"held-out distortion (nats). {'; '.join(said)}",
-        "trained bottlenecks, whose rates are upper bounds: they illustrate theorem 5.1, and "
-        "cannot verify it")
+    return findings, figure, f"held-out distortion (nats). {'; '.join(said)}"

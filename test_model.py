@@ -2229,7 +2229,7 @@ def test_the_theorems_slope_holds_on_the_models_own_rows():
 
 
 def planted_boost(boost):
-    """One head in which each query gives meta-tokens the logit `boost`, and others 0."""
+    """One head in which queries give meta-tokens the logit `boost`, and others 0."""
     model = build(n_layer=1, n_head=1, pos="none", bias=True, meta_attention=False)
     u = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(8)
     v = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64).repeat(4)
@@ -2356,7 +2356,7 @@ def looked_into(workplace):
 
 
 def test_a_planted_loss_is_found_where_it_is(looked_into, monkeypatch):
-    """A loss that grows from 0 to 1 over what is read: the same tail for every context."""
+    """A loss that grows from 0 to 1 over what is read."""
     monkeypatch.setattr(analyze, "text_losses", lambda model, x, y: (
         torch.arange(x.size(1)) / x.size(1)).expand(x.shape))
     monkeypatch.setattr(rate_distortion, "TOKENS", 200)  # less than one sequence
@@ -2377,11 +2377,11 @@ def test_a_planted_loss_is_found_where_it_is(looked_into, monkeypatch):
 def test_analysis_writes_all_its_parts(looked_into, monkeypatch, capsys):
     analyze.main([*LOOK, "--init_from=out", "--start=def f(self, x): return x"])
     out = capsys.readouterr().out
-    assert out.count("\n") == 2 * len(analyze.PARTS) + 1
+    assert out.count("\n") == len(analyze.PARTS) + 1
     for name in analyze.PARTS:
         with open(f"out/analysis/{name}.json") as file:
             result = json.load(file, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-        assert result["what"] == name and result["summary"][0] in out
+        assert result["what"] == name and result["summary"] in out
         assert result["checkpoint"]["step"] == 7 and result["config"]["analysis_blocks"] == 4
         assert len(result["checkpoint"]["sha256_of_weights"]) == 64
         assert result["command"].startswith("python analyze.py --dataset=d")
@@ -2406,7 +2406,7 @@ def result_of(name, folder="out/analysis"):
 
 
 def test_attention_on_meta_tokens_is_measured_behind_the_first(looked_into):
-    """A prompt whose attention is uniform: in layer 1 without positions, queries of 0."""
+    """Queries of zeros spread their attention evenly."""
     checkpoint_of_zeros = checkpoint.load("out")
     for name, weights in checkpoint_of_zeros["model"].items():
         if "c_attn" in name:
