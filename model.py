@@ -306,7 +306,7 @@ class GPT(nn.Module):
     def flops_per_token(self, T, n_meta=0):
         """Floating-point operations per token, forward and backward, in a window of T.
 
-        6 per parameter, and 12 C T per attention layer, as in nanoGPT (PaLM, appendix B).
+        6 per parameter, 12 C T per attention layer, as in nanoGPT (PaLM, appendix B).
         Meta-attention is computed at n_meta of T tokens, and weighted by that share.
         """
         c = self.config
