@@ -14,7 +14,7 @@ data=novels length=512 steps=500 deep=--n_layer=8 settings=--source=${SOURCE:-no
 if [ -n "$SMALL" ]; then
     data=small length=128 steps=25 deep=--n_layer=4
     settings="--source=stdlib --tokenizer=bytes --max_tokens=1000000 --block_size=128
-        --n_layer=3 --n_head=4 --n_embd=64 --max_iters=200 --eval_tokens=20000
+        --n_layer=3 --n_head=4 --n_embd=64 --batch_size=16 --max_iters=200 --eval_tokens=20000
         --train_length=128 --eval_lengths=128,192 --test_examples=100"
 fi
 export SETTINGS="config/study_gpu.py $settings $*" SEED=${SEED:-1} OMP_NUM_THREADS=1
