@@ -17,20 +17,20 @@ if [ -n "$SMALL" ]; then
         --n_layer=3 --n_head=4 --n_embd=64 --batch_size=16 --max_iters=200 --eval_tokens=20000
         --train_length=128 --eval_lengths=128,192 --test_examples=100"
 fi
-export SETTINGS="config/study_gpu.py $settings $*" SEED=${SEED:-1} OMP_NUM_THREADS=1
-export OUT=out/${data}_s$SEED
-mkdir -p "$OUT"
+export CONFIG="config/study_gpu.py $settings" SETTINGS=$* SEED=${SEED:-1} OMP_NUM_THREADS=1
+export OUT=out/${data}_s$SEED && mkdir -p "$OUT"
 meta=--dataset=${data}_meta plain="--dataset=${data}_plain --meta_rate=0 --meta_attention=False"
 
 pretrain() {  # model, its settings...
     [ ! -f "$OUT/$1.done" ] || return 0
     [ ! -f "$OUT/$1/ckpt.pt" ] || set -- "$@" --init_from=resume
-    python train.py $SETTINGS --seed="$SEED" --out_dir="$OUT/$1" "${@:2}" &>> "$OUT/$1.log" &&
-        touch "$OUT/$1.done"
+    python train.py $CONFIG --seed="$SEED" --out_dir="$OUT/$1" "${@:2}" $SETTINGS \
+        &>> "$OUT/$1.log" && touch "$OUT/$1.done"
 }
 tune() {  # model, placement, marker, label, its settings...
-    python eval_synthetic.py $SETTINGS --seed="$SEED" --init_from="$OUT/$1" --out_dir="$OUT" \
-        --placement="$2" --marker="$3" --label="$4" --workers=4 "${@:5}" &>> "$OUT/$4, $2.log"
+    python eval_synthetic.py $CONFIG --seed="$SEED" --init_from="$OUT/$1" --out_dir="$OUT" \
+        --placement="$2" --marker="$3" --label="$4" --workers=4 "${@:5}" $SETTINGS \
+        &>> "$OUT/$4, $2.log"
 }
 export -f pretrain tune
 together() {  # stage, number: runs the commands of standard input, so many at a time
@@ -39,7 +39,7 @@ together() {  # stage, number: runs the commands of standard input, so many at a
     echo "$1: $((SECONDS - began)) s" && began=$SECONDS
 }
 
-printf 'python prepare.py $SETTINGS %s\n' "$meta" "$plain" | together preparing 1
+printf 'python prepare.py $CONFIG %s $SETTINGS\n' "$meta" "$plain" | together preparing 1
 together pre-training 2 <<< "pretrain gpt2 $plain
 pretrain meta $meta
 pretrain pause $meta --meta_attention=False
