@@ -4,10 +4,15 @@
     python eval_synthetic.py config/quickstart.py --init_from=out --task=all
     python results/plot_synthetic.py results/*.json     # a figure and tables
 
-The tasks are those of the paper's section 4 and appendix D. A prompt is plain text with
-marks at some places: the meta-token, a token new to the model, or a plain '#'. Marks
-stand at what will be asked for, as in the paper, or where they give nothing away. The
-text is the same in every case: two runs differ by their model and their marks alone.
+The tasks are those of the paper's section 4 and appendix D. An example is a prompt and
+its answer. A prompt is some units (lists, bit strings or texts, each with a name), then
+a question about one of them. Marks stand at some places of it. A mark is the meta-token
+(--marker=meta), a token that the model never saw (fresh), or a plain '#' (text). Marks
+stand at what is asked for, as in the paper, or where they give nothing away.
+
+The text of an example is the same whatever its marks: its length is counted with a mark
+at every place that can have one. "exact" is the share of examples whose answer is right
+in every token.
 
 Writes results/<name>.json, and the fine-tuned model to <out_dir>/<name>.pt. The same
 command goes on after a kill, and takes the same steps (unless --max_minutes is set).
@@ -34,21 +39,19 @@ import config as settings
 import checkpoint
 import prepare
 import train
-from machine import Machine, StopRequest, duration, processor
+from machine import Machine, StopRequest, processor
 from model import rope_tables
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-PHASES = [64 << i for i in range(24)]   # longest examples of the curriculum's phases, in tokens
-EVAL_TOKENS = 16384                     # tokens in a batch of evaluation
-TUNE_TOKENS = 32768                     # tokens in a micro-batch: about 20 GB for GPT-2
-SOLVED = 0.99                           # share of validation at which --stop_solved stops
+# Below, `config` is a Config: see train.py.
+
 GO_ON = "the same command, without --overwrite, goes on"
-TEST_SEED = 0                           # of validation and test: all runs have the same
-SPLITS = ("train", "validation", "test")
-MARK, PLACE = "\0", -1                  # where a mark may stand: in a text, among its ids
+
+# --------------------------------------------------------------------------------------
+# The tasks. Each is a function that draws a Unit. `word` is what Segment Counting counts.
 
 # Behind a space each word is one token of GPT-2's BPE, and four bytes: the length of a
 # text follows from its number of words.
@@ -65,14 +68,12 @@ tip toe ton top toy try tub tug two use van vet vow wax way web wet wig win wit 
 """)
 ITEMS = WORDS[::3]                                       # what lists and texts are made of
 NAMES = [word for i, word in enumerate(WORDS) if i % 3]  # what they are called
+MARK = "\0"                                              # in a text: a mark may stand here
 
-
-# --------------------------------------------------------------------------------------
-# The tasks. A prompt is some units (lists, bit strings, texts), each with a name, and a
-# question about one of them. `word` is what Segment Counting counts.
 
 class Unit(NamedTuple):
-    text: str      # with MARK where a mark may stand
+    """A list, a bit string or a text, and a question about it."""
+    text: str
     question: str
     answer: str
     offers: list   # all answers that a guess within the unit could give
@@ -129,7 +130,7 @@ TASKS = {task.__name__: task for task in (list_recall, segment_counting, parity,
 
 @dataclass(frozen=True)
 class Stream:
-    """What examples depend on, apart from split, length and number."""
+    """An endless series of examples: all that it depends on."""
     task: str
     placement: str      # of marks: at what is asked for ('task', as in the paper), at all
                         # there is to ask ('all'), anywhere ('random'), or 'none'
@@ -150,19 +151,9 @@ class Example:
 get_encoding = cache(prepare.get_tokenizer)
 
 
-@cache
-def encode_piece(piece, encoding):
-    return [PLACE] if piece == MARK else encoding.encode_ordinary(piece)
-
-
-def encode(text, encoding):
-    """Ids of a text of our words, with PLACE for every MARK.
-
-    We split as BPE does and look up each piece: there are few, and the tokenizer itself
-    would take much longer.
-    """
-    pieces = re.findall(r" ?\w+| ?[^\w\s]|\s", text)
-    return [token for piece in pieces for token in encode_piece(piece, encoding)]
+def length_of(text, encoding):
+    """Tokens of a text, with a mark at every MARK."""
+    return len(encoding.encode_ordinary(text.replace(MARK, ""))) + text.count(MARK)
 
 
 @cache
@@ -170,24 +161,23 @@ def min_length(task, encoding):
     """Tokens that any prompt of one unit fits into: those of the longest of 500."""
     rng = np.random.default_rng(0)
     units = [TASKS[task](NAMES[0], ITEMS[0], rng) for _ in range(500)]
-    return max(len(encode(unit.text + unit.question + unit.answer, encoding)) for unit in units)
+    return max(length_of(unit.text + unit.question + unit.answer, encoding) for unit in units)
 
 
 def filler(n, rng, encoding):
     """A line of n tokens that says nothing."""
     if n == 0:
         return ""
-    n_words, rest = divmod(n - 1, len(encode(" cat", encoding)))
+    n_words, rest = divmod(n - 1, length_of(" cat", encoding))
     return "".join(f" {word}" for word in rng.choice(ITEMS, n_words)) + "\n" * (rest + 1)
 
 
 def make_example(stream, shortest, longest, rng):
     """Draw an Example of shortest to longest tokens, uniformly, from a numpy Generator.
 
-    The text is the same whatever the mark and its placement: its length counts the
-    marks of 'all', the most. What is asked for does not depend on the length: a longer
-    text has more units, up to one for each of the 138 names (2,000 tokens of GPT-2's
-    BPE), and filler takes what room is left. With '#' for a mark at what is asked for:
+    What is asked for does not depend on the length: a longer text has more units, up to
+    one for each of the 138 names (2,000 tokens of GPT-2's BPE), and a line of filler
+    takes what room is left. With '#' for a mark at what is asked for:
 
         List fox: pad, rod, car, run.
         List pet: vet, bug.
@@ -200,12 +190,12 @@ def make_example(stream, shortest, longest, rng):
     word = str(rng.choice(ITEMS))
     length = rng.integers(max(shortest, min_length(stream.task, encoding)), longest + 1)
     asked = draw_unit(name, word, rng)
-    room = length - len(encode(asked.text + asked.question + asked.answer, encoding))
+    room = length - length_of(asked.text + asked.question + asked.answer, encoding)
 
     others, offers = [], set(asked.offers)
     for other_name in other_names:
         other = draw_unit(other_name, word, rng)
-        n_tokens = len(encode(other.text, encoding))
+        n_tokens = length_of(other.text, encoding)
         if n_tokens > room:
             break
         room -= n_tokens
@@ -214,35 +204,38 @@ def make_example(stream, shortest, longest, rng):
     others.insert(rng.integers(len(others) + 1), filler(room, rng, encoding))
     i = rng.integers(len(others) + 1)  # where the unit that is asked for stands
 
-    texts = ["".join(others[:i]), asked.text, "".join(others[i:]), asked.question]
-    ids = [encode(text, encoding) for text in texts]
-    is_asked = np.repeat([False, True, False, True], [len(part) for part in ids])
-    tokens = place_marks(np.array(sum(ids, [])), is_asked, stream.placement, stream.mark, rng)
-    answer = encode(asked.answer, encoding)
-    prompt = "".join(texts).replace(MARK, "")
+    parts = ["".join(others[:i]), asked.text, "".join(others[i:]), asked.question]
+    is_asked = np.repeat([False, True, False, True], [part.count(MARK) for part in parts])
+    tokens = with_marks("".join(parts), is_asked, stream, rng)
+    answer = encoding.encode_ordinary(asked.answer)
+    prompt = "".join(parts).replace(MARK, "")
     return Example(np.append(tokens, answer), len(answer), prompt, asked.answer, 1 / len(offers))
 
 
-def place_marks(tokens, is_asked, placement, mark, rng):
-    """Replace the PLACEs in tokens by marks, or drop them, as the placement says.
+def with_marks(text, is_asked, stream, rng):
+    """The ids of a text, with marks where the stream's placement wants them.
 
-    is_asked: bool, which tokens belong to what is asked for.
+    is_asked: for each MARK in the text, whether it is at what is asked for.
     """
-    is_place = tokens == PLACE
-    text = tokens[~is_place]
-    n_before = np.cumsum(~is_place)  # tokens of text before each place
-    if mark is None or placement == "none":
-        return text
-    if placement == "all":
-        return np.insert(text, n_before[is_place], mark)
-    places = n_before[is_place & is_asked]
-    if placement == "random":  # as many, but anywhere behind the first token
-        places = rng.permutation(len(text))[:len(places)] + 1
-    return np.insert(text, places, mark)
+    encoding = get_encoding(stream.tokenizer)
+    pieces = [encoding.encode_ordinary(piece) for piece in text.split(MARK)]
+    tokens = np.concatenate(pieces).astype(int)
+    if stream.mark is None or stream.placement == "none":
+        return tokens
+    places = np.cumsum([len(piece) for piece in pieces[:-1]])  # tokens before each MARK
+    if stream.placement != "all":
+        places = places[is_asked]
+    if stream.placement == "random":  # as many, but anywhere behind the first token
+        places = rng.permutation(len(tokens))[:len(places)] + 1
+    return np.insert(tokens, places, stream.mark)
 
 
 # --------------------------------------------------------------------------------------
 # Streams of examples
+
+SPLITS = ("train", "validation", "test")
+TEST_SEED = 0  # of validation and test: all runs have the same
+
 
 def split_of(prompt):
     """Half of all prompts train. Their text decides, so that none is in two splits."""
