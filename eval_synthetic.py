@@ -4,10 +4,15 @@
     python eval_synthetic.py config/quickstart.py --init_from=out --task=all
     python results/plot_synthetic.py results/*.json     # a figure and tables
 
-The tasks are those of the paper's section 4 and appendix D. A prompt is plain text with
-marks at some places: the meta-token, a token new to the model, or a plain '#'. Marks
-stand at what will be asked for, as in the paper, or where they give nothing away. The
-text is the same in every case: two runs differ by their model and their marks alone.
+The tasks are those of the paper's section 4 and appendix D. An example is a prompt and
+its answer. A prompt is some units (lists, bit strings or texts, each with a name), then
+a question about one of them. Marks stand at some places of it. A mark is the meta-token
+(--marker=meta), a token that the model never saw (fresh), or a plain '#' (text). Marks
+stand at what is asked for, as in the paper, or where they give nothing away.
+
+The text of an example is the same whatever its marks: its length is counted with a mark
+at every place that can have one. "exact" is the share of examples whose answer is right
+in every token.
 
 Writes results/<name>.json, and the fine-tuned model to <out_dir>/<name>.pt. The same
 command goes on after a kill, and takes the same steps (unless --max_minutes is set).
@@ -34,21 +39,19 @@ import config as settings
 import checkpoint
 import prepare
 import train
-from machine import Machine, StopRequest, duration, processor
+from machine import Machine, StopRequest, processor
 from model import rope_tables
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-PHASES = [64 << i for i in range(24)]   # longest examples of the curriculum's phases, in tokens
-EVAL_TOKENS = 16384                     # tokens in a batch of evaluation
-TUNE_TOKENS = 32768                     # tokens in a micro-batch: about 20 GB for GPT-2
-SOLVED = 0.99                           # share of validation at which --stop_solved stops
+# Below, `config` is a Config: see train.py.
+
 GO_ON = "the same command, without --overwrite, goes on"
-TEST_SEED = 0                           # of validation and test: all runs have the same
-SPLITS = ("train", "validation", "test")
-MARK, PLACE = "\0", -1                  # where a mark may stand: in a text, among its ids
+
+# --------------------------------------------------------------------------------------
+# The tasks: functions that draw a Unit. `word` is what Segment Counting counts.
 
 # Behind a space each word is one token of GPT-2's BPE, and four bytes: the length of a
 # text follows from its number of words.
@@ -65,14 +68,12 @@ tip toe ton top toy try tub tug two use van vet vow wax way web wet wig win wit 
 """)
 ITEMS = WORDS[::3]                                       # what lists and texts are made of
 NAMES = [word for i, word in enumerate(WORDS) if i % 3]  # what they are called
+MARK = "\0"                                              # in a text: a mark may stand here
 
-
-# --------------------------------------------------------------------------------------
-# The tasks. A prompt is some units (lists, bit strings, texts), each with a name, and a
-# question about one of them. `word` is what Segment Counting counts.
 
 class Unit(NamedTuple):
-    text: str      # with MARK where a mark may stand
+    """A list, a bit string or a text, and a question about it."""
+    text: str
     question: str
     answer: str
     offers: list   # all answers that a guess within the unit could give
@@ -129,7 +130,7 @@ TASKS = {task.__name__: task for task in (list_recall, segment_counting, parity,
 
 @dataclass(frozen=True)
 class Stream:
-    """What examples depend on, apart from split, length and number."""
+    """An endless series of numbered examples, by all that they depend on."""
     task: str
     placement: str      # of marks: at what is asked for ('task', as in the paper), at all
                         # there is to ask ('all'), anywhere ('random'), or 'none'
@@ -150,19 +151,9 @@ class Example:
 get_encoding = cache(prepare.get_tokenizer)
 
 
-@cache
-def encode_piece(piece, encoding):
-    return [PLACE] if piece == MARK else encoding.encode_ordinary(piece)
-
-
-def encode(text, encoding):
-    """Ids of a text of our words, with PLACE for every MARK.
-
-    We split as BPE does and look up each piece: there are few, and the tokenizer itself
-    would take much longer.
-    """
-    pieces = re.findall(r" ?\w+| ?[^\w\s]|\s", text)
-    return [token for piece in pieces for token in encode_piece(piece, encoding)]
+def length_of(text, encoding):
+    """Tokens of a text, with a mark at every MARK."""
+    return len(encoding.encode_ordinary(text.replace(MARK, ""))) + text.count(MARK)
 
 
 @cache
@@ -170,24 +161,23 @@ def min_length(task, encoding):
     """Tokens that any prompt of one unit fits into: those of the longest of 500."""
     rng = np.random.default_rng(0)
     units = [TASKS[task](NAMES[0], ITEMS[0], rng) for _ in range(500)]
-    return max(len(encode(unit.text + unit.question + unit.answer, encoding)) for unit in units)
+    return max(length_of(unit.text + unit.question + unit.answer, encoding) for unit in units)
 
 
 def filler(n, rng, encoding):
     """A line of n tokens that says nothing."""
     if n == 0:
         return ""
-    n_words, rest = divmod(n - 1, len(encode(" cat", encoding)))
+    n_words, rest = divmod(n - 1, length_of(" cat", encoding))
     return "".join(f" {word}" for word in rng.choice(ITEMS, n_words)) + "\n" * (rest + 1)
 
 
 def make_example(stream, shortest, longest, rng):
     """Draw an Example of shortest to longest tokens, uniformly, from a numpy Generator.
 
-    The text is the same whatever the mark and its placement: its length counts the
-    marks of 'all', the most. What is asked for does not depend on the length: a longer
-    text has more units, up to one for each of the 138 names (2,000 tokens of GPT-2's
-    BPE), and filler takes what room is left. With '#' for a mark at what is asked for:
+    What is asked for does not depend on the length: a longer text has more units, up to
+    one for each of the 138 names (2,000 tokens of GPT-2's BPE), and a line of filler
+    takes what room is left. With '#' for a mark at what is asked for:
 
         List fox: pad, rod, car, run.
         List pet: vet, bug.
@@ -200,12 +190,12 @@ def make_example(stream, shortest, longest, rng):
     word = str(rng.choice(ITEMS))
     length = rng.integers(max(shortest, min_length(stream.task, encoding)), longest + 1)
     asked = draw_unit(name, word, rng)
-    room = length - len(encode(asked.text + asked.question + asked.answer, encoding))
+    room = length - length_of(asked.text + asked.question + asked.answer, encoding)
 
     others, offers = [], set(asked.offers)
     for other_name in other_names:
         other = draw_unit(other_name, word, rng)
-        n_tokens = len(encode(other.text, encoding))
+        n_tokens = length_of(other.text, encoding)
         if n_tokens > room:
             break
         room -= n_tokens
@@ -214,35 +204,38 @@ def make_example(stream, shortest, longest, rng):
     others.insert(rng.integers(len(others) + 1), filler(room, rng, encoding))
     i = rng.integers(len(others) + 1)  # where the unit that is asked for stands
 
-    texts = ["".join(others[:i]), asked.text, "".join(others[i:]), asked.question]
-    ids = [encode(text, encoding) for text in texts]
-    is_asked = np.repeat([False, True, False, True], [len(part) for part in ids])
-    tokens = place_marks(np.array(sum(ids, [])), is_asked, stream.placement, stream.mark, rng)
-    answer = encode(asked.answer, encoding)
-    prompt = "".join(texts).replace(MARK, "")
+    parts = ["".join(others[:i]), asked.text, "".join(others[i:]), asked.question]
+    is_asked = np.repeat([False, True, False, True], [part.count(MARK) for part in parts])
+    tokens = with_marks("".join(parts), is_asked, stream, rng)
+    answer = encoding.encode_ordinary(asked.answer)
+    prompt = "".join(parts).replace(MARK, "")
     return Example(np.append(tokens, answer), len(answer), prompt, asked.answer, 1 / len(offers))
 
 
-def place_marks(tokens, is_asked, placement, mark, rng):
-    """Replace the PLACEs in tokens by marks, or drop them, as the placement says.
+def with_marks(text, is_asked, stream, rng):
+    """The ids of a text, with marks where the stream's placement wants them.
 
-    is_asked: bool, which tokens belong to what is asked for.
+    is_asked: for each MARK in the text, whether it is at what is asked for.
     """
-    is_place = tokens == PLACE
-    text = tokens[~is_place]
-    n_before = np.cumsum(~is_place)  # tokens of text before each place
-    if mark is None or placement == "none":
-        return text
-    if placement == "all":
-        return np.insert(text, n_before[is_place], mark)
-    places = n_before[is_place & is_asked]
-    if placement == "random":  # as many, but anywhere behind the first token
-        places = rng.permutation(len(text))[:len(places)] + 1
-    return np.insert(text, places, mark)
+    encoding = get_encoding(stream.tokenizer)
+    pieces = [encoding.encode_ordinary(piece) for piece in text.split(MARK)]
+    tokens = np.concatenate(pieces).astype(int)
+    if stream.mark is None or stream.placement == "none":
+        return tokens
+    places = np.cumsum([len(piece) for piece in pieces[:-1]])  # tokens before each MARK
+    if stream.placement != "all":
+        places = places[is_asked]
+    if stream.placement == "random":  # as many, but anywhere behind the first token
+        places = rng.permutation(len(tokens))[:len(places)] + 1
+    return np.insert(tokens, places, stream.mark)
 
 
 # --------------------------------------------------------------------------------------
 # Streams of examples
+
+SPLITS = ("train", "validation", "test")
+TEST_SEED = 0  # of validation and test: all runs have the same
+
 
 def split_of(prompt):
     """Half of all prompts train. Their text decides, so that none is in two splits."""
@@ -253,8 +246,7 @@ def split_of(prompt):
 def draw(stream, split, length, number, exactly=None):
     """Example `number` of a split, of length/2 to length tokens, or `exactly` so many.
 
-    That counts the marks of placement 'all'. Only training depends on stream.seed. What
-    falls into another split is drawn anew.
+    It depends on these arguments alone. It is drawn until it falls into the split.
     """
     shortest, longest = (length // 2 + 1, length) if exactly is None else (exactly, exactly)
     seed = stream.seed if split == "train" else TEST_SEED
@@ -265,23 +257,16 @@ def draw(stream, split, length, number, exactly=None):
             return example
 
 
-class Request(NamedTuple):
-    """Examples for a worker to draw."""
-    stream: Stream
-    split: str
-    length: int
-    numbers: range
-    exactly: int | None = None
-
-
 def draw_all(request):
+    """In a worker process: the examples of several numbers."""
     stream, split, length, numbers, exactly = request
     return [draw(stream, split, length, number, exactly) for number in numbers]
 
 
 def draw_split(pool, stream, split, length, n):
     """The first n examples of a split."""
-    requests = [Request(stream, split, length, range(i, min(i + 32, n))) for i in range(0, n, 32)]
+    parts = [range(i, min(i + 32, n)) for i in range(0, n, 32)]
+    requests = [(stream, split, length, numbers, None) for numbers in parts]
     drawn = prepare.ordered_map(pool, draw_all, requests, ahead=64)
     return [example for _, examples in drawn for example in examples]
 
@@ -300,8 +285,8 @@ def start_worker():
 
 
 def collate(examples, longest):
-    """A batch: x (B, T), padded at the right; the positions `at` (B, A) that predict
-    the answers' tokens; and these, y (B, A), -1 behind the last. All are int64 tensors.
+    """A batch (x, at, y) of int64 tensors. x (B, T): the tokens, padded at the right.
+    at (B, A): the positions that predict the answers. y (B, A): the answers, then -1.
 
     T is a multiple of 16 (or longest) and A of 8, so that there are few shapes.
     """
@@ -310,51 +295,51 @@ def collate(examples, longest):
     x = torch.zeros(len(examples), T, dtype=torch.long)
     at = torch.zeros(len(examples), A, dtype=torch.long)
     y = torch.full_like(at, -1)
-    for row, e in enumerate(examples):
+    for i, e in enumerate(examples):
         n = len(e.tokens) - 1  # the last token is predicted, never read
-        x[row, :n] = torch.from_numpy(e.tokens[:-1])
-        at[row, :e.n_answer] = torch.arange(n - e.n_answer, n)
-        y[row, :e.n_answer] = torch.from_numpy(e.tokens[-e.n_answer:])
+        x[i, :n] = torch.from_numpy(e.tokens[:-1])
+        at[i, :e.n_answer] = torch.arange(n - e.n_answer, n)
+        y[i, :e.n_answer] = torch.from_numpy(e.tokens[-e.n_answer:])
     return x, at, y
 
 
 # --------------------------------------------------------------------------------------
-# Marks and models
+# Model and mark
 
 def open_model(config):
     """(model, mark, identity): the model, on the CPU; its mark's id, or None; and which
     checkpoint it is. Raises SystemExit if model and mark do not go together.
     """
-    with_attention = config.meta_attention or not config.typed("meta_attention")
     torch.manual_seed(config.seed)  # of the meta-attention that may be added
     model, saved, path = train.load_saved(config)
     identity = {"path": os.path.normpath(path), "step": saved["step"],
                 "seed": saved["settings"].get("seed"),
                 "sha256_of_weights": checkpoint.sha256_of_weights(model)}
     encoding = get_encoding(config.tokenizer)
-    marker = "none" if config.placement == "none" else config.marker
-    if config.add_meta and model.config.meta_id is not None:
-        raise config.error(f"add_meta={config.add_meta}, but the checkpoint has meta-tokens")
     if config.add_meta:
+        if model.config.meta_id is not None:
+            raise config.error(f"add_meta={config.add_meta}, but the checkpoint has meta-tokens")
+        # In a config file meta_attention=False says how the model was pre-trained
+        with_attention = config.meta_attention or not config.typed("meta_attention")
         model = model.with_meta_tokens(encoding.n_vocab, with_attention)
-    needs_meta = {"marker": marker == "meta", "zero_meta_pos": config.zero_meta_pos,
-                  "zero_meta_embd": config.zero_meta_embd}
-    for name, is_needed in needs_meta.items():
-        if is_needed and model.config.meta_id is None:
-            raise config.error(f"{name}={getattr(config, name)}, but the checkpoint has no "
-                               "meta-tokens: give it some by --add_meta, or choose another")
-    fresh = encoding.n_vocab + 1
-    if marker == "fresh":
-        model = with_fresh_token(model, fresh)
-    marks = {"meta": model.config.meta_id, "fresh": fresh,
-             "text": encoding.encode_ordinary("#")[0], "none": None}
-    return model, marks[marker], identity
+    mark, marker = None, "none" if config.placement == "none" else config.marker
+    if marker == "meta":
+        mark = model.config.meta_id
+        if mark is None:
+            raise config.error(f"marker={marker}, but the checkpoint has no meta-tokens: give it "
+                               "some by --add_meta, or choose another")
+    elif marker == "text":
+        mark = encoding.encode_ordinary("#")[0]
+    elif marker == "fresh":
+        mark = encoding.n_vocab + 1
+        model = with_fresh_token(model, mark)
+    return model, mark, identity
 
 
 @torch.no_grad()
 def with_fresh_token(model, token):
     """Give the model a token it never saw: its embedding is the mean of the text's."""
-    if token >= model.config.vocab_size:  # OpenAI's GPT-2 has no row to spare
+    if token >= model.config.vocab_size:  # OpenAI's GPT-2 has no embedding to spare
         model = model.with_meta_tokens(token, meta_attention=False)
         model.config.meta_id = None
     wte = model.transformer.wte.weight
@@ -362,22 +347,22 @@ def with_fresh_token(model, token):
     return model
 
 
+# --------------------------------------------------------------------------------------
+# Measurement. A row of a result is one measurement, at one length: of the fine-tuned
+# model as it is ("full"), with a part of its meta-tokens switched off (the paper's
+# ablations), or on prompts without their marks ("no_meta").
+
 ABLATIONS = {"no_pos": {"zero_meta_pos": True}, "no_embed": {"zero_meta_embd": True},
              "no_meta_attention": {"meta_attention": False}}
 
 
 def possible_rows(model, mark):
-    """What can be measured: the model as it is ('full'), less one part of its
-    meta-tokens (paper, section 4), or without the marks ('no_meta').
-    """
+    """Those that differ from one another, for this model and its mark's id."""
     c, is_meta = model.config, mark is not None and mark == model.config.meta_id
-    possible = {
-        "full": True,
-        "no_pos": is_meta and c.pos != "none",
-        "no_pos_meta": is_meta and c.meta_attention and c.pos == "rope",
-        "no_embed": is_meta,
-        "no_meta_attention": is_meta and c.meta_attention,
-        "no_meta": mark is not None}
+    possible = {"full": True, "no_pos": is_meta and c.pos != "none",
+                "no_pos_meta": is_meta and c.meta_attention and c.pos == "rope",
+                "no_embed": is_meta, "no_meta_attention": is_meta and c.meta_attention,
+                "no_meta": mark is not None}
     return [row for row in possible if possible[row]]
 
 
@@ -385,26 +370,17 @@ def possible_rows(model, mark):
 def ablated(model, row):
     """Change the model as the row says, for a while."""
     whole, hooks = model.config, []
-
-    def without_positions(meta_attn, args):
-        x, _, *cache = args
-        positions = torch.zeros(1, 1, dtype=torch.long, device=x.device)
-        return x, rope_tables(whole, positions), *cache
-
-    if row == "no_pos_meta":  # all meta-tokens at position 0, in meta-attention alone
-        hooks = [block.meta_attn.register_forward_pre_hook(without_positions)
-                 for block in model.transformer.h]
     model.config = replace(whole, **ABLATIONS.get(row, {}))
-    try:
-        yield
-    finally:
-        model.config = whole
-        for hook in hooks:
-            hook.remove()
+    if row == "no_pos_meta":  # all at position 0, but in meta-attention alone
+        position = torch.zeros(1, 1, device=model.lm_head.weight.device)
+        rope = rope_tables(whole, position)
+        hooks = [block.meta_attn.register_forward_pre_hook(lambda _, args: (args[0], rope))
+                 for block in model.transformer.h]
+    yield
+    model.config = whole
+    for hook in hooks:
+        hook.remove()
 
-
-# --------------------------------------------------------------------------------------
-# Measurement
 
 def answer_states(model, x, at, device):
     """Hidden states (B, A, C) of x (B, T) at positions `at` (B, A), both on the CPU."""
@@ -416,12 +392,15 @@ def answer_states(model, x, at, device):
     return h.gather(1, at.expand(-1, -1, h.size(-1)))                    # (B, A, C)
 
 
+EVAL_TOKENS = 16384  # in a batch, with padding
+
+
 @torch.no_grad()
 def measure(model, examples, longest, machine):
     """Is each token of an answer the likeliest, given the right ones before it?
 
-    Returns (correct, token_accuracy, loss): bool (n,), which answers are right as a
-    whole; the share of tokens that are right; nats a token.
+    Returns (correct, token_accuracy, loss): bool (n,), which answers are right in every
+    token; the share of tokens that are right; nats a token.
     """
     model.eval()
     correct, hits, count, loss = np.zeros(len(examples), dtype=bool), 0, 0, 0.0
@@ -448,12 +427,12 @@ def measure_row(model, row, examples, length, mark, machine):
         examples = [replace(e, tokens=e.tokens[e.tokens != mark]) for e in examples]
     with ablated(model, row):
         correct, token_accuracy, _ = measure(model, examples, length, machine)
-    low, high = wilson(int(correct.sum()), len(correct))
-    print(f"  {row:<18} exact {100 * correct.mean():5.1f}% ({100 * low:.1f} to "
-          f"{100 * high:.1f}), tokens {100 * token_accuracy:5.1f}%", flush=True)
+    exact, (low, high) = float(correct.mean()), wilson(int(correct.sum()), len(correct))
+    print(f"  {row:<18} exact {100 * exact:5.1f}% ({100 * low:.1f} to {100 * high:.1f}), tokens "
+          f"{100 * token_accuracy:5.1f}%", flush=True)
     return {"row": row, "length": length, "by": "teacher forcing", "n": len(correct),
-            "exact": float(correct.mean()), "low": low, "high": high,
-            "token_accuracy": token_accuracy, "out_of_distribution": row == "no_meta",
+            "exact": exact, "low": low, "high": high, "token_accuracy": token_accuracy,
+            "out_of_distribution": row == "no_meta",
             "correct": np.packbits(correct).tobytes().hex()}
 
 
@@ -466,39 +445,46 @@ def wilson(hits, n):
 
 
 # --------------------------------------------------------------------------------------
-# Fine-tuning
+# Fine-tuning. It has phases of equally many steps (or minutes), each on longer examples
+# than the one before. A phase is named by its longest examples: of 64, 128, 256, ...
+# and at last train_length tokens.
+
+PHASES = [64 << i for i in range(24)]
+TUNE_TOKENS = 32768                    # in a micro-batch: about 20 GB for GPT-2
+SOLVED = 0.99                          # exact match in validation at which --stop_solved stops
+
 
 @dataclass
 class Progress:
     """How far a fine-tuning has come. Its checkpoints hold it."""
     step: int = 0
     minutes: float = 0.0
-    phase: int = 0      # by the length of its longest examples
-    history: list = field(default_factory=list)  # of validation
-    losses: list = field(default_factory=list)   # of the steps since the last validation
+    phase: int = 0      # of the last step
+    history: list = field(default_factory=list)  # an entry for each validation
+    losses: list = field(default_factory=list)   # of the steps since the last one
 
     def train_loss(self):
-        """The mean of the losses, which are fetched from the device once."""
+        """The mean of the losses. Fetches each from the device only once."""
         self.losses = [float(loss) for loss in self.losses]
         return sum(self.losses) / max(len(self.losses), 1)
 
 
-def share_done(step, steps, minutes, max_minutes):
-    """How much of a run is over before a step: by its steps, or by the clock."""
-    by_clock = minutes / max_minutes if max_minutes else 0
-    return max(step / steps, by_clock)
-
-
 def requests(run, progress):
-    """The examples of every step to come; one length a step saves padding."""
+    """Yield what draw_all is to draw for every step to come.
+
+    All examples of a step have one length, which saves padding: one between half the
+    phase's longest and its longest.
+    """
     config = run.config
     n, shortest = config.task_batch_size, min_length(config.task, get_encoding(config.tokenizer))
     for step in itertools.count(progress.step):
-        share = share_done(step, run.steps, progress.minutes, config.max_minutes)
-        phase = run.phases[min(int(share * len(run.phases)), len(run.phases) - 1)]
+        share_done = step / run.steps
+        if config.max_minutes:
+            share_done = max(share_done, progress.minutes / config.max_minutes)
+        phase = run.phases[min(int(share_done * len(run.phases)), len(run.phases) - 1)]
         rng = np.random.default_rng([config.seed, step])
         length = int(rng.integers(max(phase // 2 + 1, shortest), phase + 1))
-        yield Request(run.stream, "train", phase, range(step * n, (step + 1) * n), length)
+        yield run.stream, "train", phase, range(step * n, (step + 1) * n), length
 
 
 def micro_losses(model, x, at, y, machine):
@@ -507,7 +493,7 @@ def micro_losses(model, x, at, y, machine):
     for own_x, own_at, own_y in zip(x.split(n_rows), at.split(n_rows), y.split(n_rows)):
         share = int((own_y >= 0).sum()) / n_targets
         with machine.autocast():
-            h = answer_states(model, own_x, own_at, machine.device)
+            h = answer_states(model, own_x, own_at, machine.device)     # (B, A, C)
             loss = model.loss(h, own_y.to(machine.device, non_blocking=True))
         yield loss * share  # outside of autocast, which must not reach the backward pass
 
@@ -529,43 +515,36 @@ def fine_tune(run, saved, pool, machine):
     validation = draw_split(
         pool, run.stream, "validation", config.train_length, config.val_examples)
     batches = prepare.ordered_map(pool, draw_all, requests(run, progress), ahead=32)
-    first_step, minutes_before, started = progress.step, progress.minutes, time.monotonic()
-    first_share = share_done(first_step, run.steps, minutes_before, config.max_minutes)
+    started = time.monotonic() - 60 * progress.minutes
     stop_request, norm = StopRequest(), 0.0
     model.train()
     while True:
-        progress.minutes = minutes_before + (time.monotonic() - started) / 60
-        share = share_done(progress.step, run.steps, progress.minutes, config.max_minutes)
-        if progress.step > first_step and progress.step % config.log_interval == 0:
-            left = (time.monotonic() - started) * (1 - share) / (share - first_share)
-            print(f"step {progress.step:>{len(str(run.steps))}}/{run.steps} | length "
-                  f"{progress.phase} | loss {progress.train_loss():.4f} | ETA "
-                  f"{duration(max(left, 0))}", flush=True)
-        is_over = share >= 1
-        is_due = is_over or progress.step % config.val_interval == 0
-        if is_due and progress.losses:
-            exact = validate(model, validation, progress, config.train_length, machine)
-            check_finite(progress.history[-1]["loss"], norm, scaler, progress.step)
+        step = progress.step
+        progress.minutes = (time.monotonic() - started) / 60
+        if step % config.log_interval == 0 and progress.losses:
+            print(f"step {step:>{len(str(run.steps))}}/{run.steps} | length {progress.phase} | "
+                  f"loss {progress.train_loss():.4f} | {progress.minutes:.1f} min", flush=True)
+        is_over = step >= run.steps or 0 < config.max_minutes <= progress.minutes
+        if (is_over or step % config.val_interval == 0) and progress.losses:
+            exact, loss = validate(model, validation, progress, config.train_length, machine)
             is_solved = exact >= SOLVED and progress.phase == run.phases[-1]
             is_over = is_over or (config.stop_solved and is_solved)
-            save(run, optimizer, scaler, progress, is_finished=is_over)
+            save(run, optimizer, scaler, progress, loss, float(norm), is_over)
         if is_over:
             break
         if stop_request.asked:
-            check_finite(progress.train_loss(), norm, scaler, progress.step)
-            save(run, optimizer, scaler, progress, is_finished=False)
-            raise SystemExit(f"stopped at step {progress.step}; {GO_ON} from there")
+            save(run, optimizer, scaler, progress, progress.train_loss(), float(norm), is_over)
+            raise SystemExit(f"stopped at step {step}; {GO_ON} from there")
 
-        request, examples = next(batches)
-        progress.phase = request.length
+        (_, _, progress.phase, _, _), examples = next(batches)
         lr = train.learning_rate(
-            progress.step, progress.minutes, config.task_lr, config.task_lr / 10,
+            step, progress.minutes, config.task_lr, config.task_lr / 10,
             min(config.task_warmup, run.steps // 10), run.steps, config.max_minutes)
         for group in optimizer.param_groups:
             group["lr"] = lr
         if config.dropout > 0:
-            train.seed_dropout(config.seed, progress.step)
-        losses = micro_losses(model, *collate(examples, request.length), machine)
+            train.seed_dropout(config.seed, step)
+        losses = micro_losses(model, *collate(examples, progress.phase), machine)
         loss, norm = train.optimizer_step(losses, model, optimizer, scaler, config.grad_clip)
         progress.losses.append(loss)
         progress.step += 1
@@ -574,39 +553,36 @@ def fine_tune(run, saved, pool, machine):
 
 
 def validate(model, examples, progress, length, machine):
-    """Add an entry to the history. Returns the share of right answers."""
+    """Add an entry to the history. Returns its exact match and its loss."""
     correct, token_accuracy, loss = measure(model, examples, length, machine)
-    exact, chance = float(correct.mean()), np.mean([e.chance for e in examples])
+    exact = float(correct.mean())
     progress.history.append({
         "step": progress.step, "minutes": progress.minutes, "phase": progress.phase,
         "exact": exact, "token_accuracy": token_accuracy, "loss": loss,
         "train_loss": progress.train_loss()})
     progress.losses.clear()
-    print(f"step {progress.step}: validation at {length}: exact {100 * exact:.1f}% (by chance "
-          f"{100 * chance:.1f}%), tokens {100 * token_accuracy:.1f}%, loss {loss:.3f}", flush=True)
-    return exact
+    print(f"step {progress.step}: validation at {length}: exact {100 * exact:.1f}%, tokens "
+          f"{100 * token_accuracy:.1f}%, loss {loss:.3f}", flush=True)
+    return exact, loss
 
 
-def check_finite(loss, norm, scaler, step):
-    if train.diverged(loss, float(norm), scaler):
-        raise SystemExit(f"error: the loss is {loss}, the gradient's norm {float(norm)} at step "
-                         f"{step}: the last good state is kept; try a lower --task_lr")
-
-
-def save(run, optimizer, scaler, progress, is_finished):
+def save(run, optimizer, scaler, progress, loss, norm, is_over):
+    """Save all that a resumed run needs, unless loss or gradient are not finite."""
+    if train.diverged(loss, norm, scaler):
+        raise SystemExit(f"error: the loss is {loss}, the gradient's norm {norm} at step "
+                         f"{progress.step}: the last good state is kept; try a lower --task_lr")
     checkpoint.save(run.checkpoint, {
         "model": run.model.state_dict(), "model_config": asdict(run.model.config),
         "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
         "settings": asdict(run.config), "run": run.identity, "step": progress.step,
-        "progress": asdict(progress), "finished": is_finished}, GO_ON)
+        "progress": asdict(progress), "finished": is_over}, GO_ON)
 
 
 # --------------------------------------------------------------------------------------
 # A run, and its files
 
 FORMAT = "synthetic tasks 1"
-CONTENT = {"label", "task", "placement", "marker", "train_length", "seeds", "learning_rate",
-           "validation", "tests", "rows", "run", "config"}
+# Settings that the fine-tuned model depends on, and those that only its result does:
 TUNED_BY = ("seed", "train_length", "phase_steps", "task_batch_size", "task_lr", "task_warmup",
             "val_interval", "val_examples", "max_minutes", "weight_decay", "beta1", "beta2",
             "grad_clip", "dropout", "stop_solved")
@@ -620,7 +596,6 @@ class Run:
 
     def __init__(self, config):
         self.config = config
-        self.lengths = config.numbers("eval_lengths", int, "lengths in tokens, such as 128,256,512")
         self.model, mark, self.pretrained = open_model(config)
         self.marker, self.placement = config.marker, config.placement
         if mark is None:
@@ -630,62 +605,61 @@ class Run:
         self.phases = [length for length in PHASES if shortest <= length < config.train_length]
         self.phases.append(config.train_length)
         self.steps = config.phase_steps * len(self.phases)
+        self.lengths = config.numbers("eval_lengths", int, "lengths in tokens, such as 128,256,512")
         possible = possible_rows(self.model, mark)
         self.rows = possible if config.rows == "all" else config.rows.split(",")
         self.check(shortest, possible)
 
-        stem = checkpoint.stem(self.pretrained["path"])
-        self.label = config.label or f"{stem} {MARKED[self.marker]}"
+        self.label = config.label
+        if not self.label:
+            self.label = f"{checkpoint.stem(self.pretrained['path'])} {MARKED[self.marker]}"
         name = (f"{self.label}_{config.task}_{self.placement}_{self.marker}_{config.train_length}"
                 f"_s{self.pretrained['seed']}_{config.seed}")
-        self.name = re.sub(r"[^\w.-]+", "_", name)
-        self.result = f"results/{self.name}.json"
-        self.checkpoint = os.path.join(config.out_dir, f"{self.name}.pt")
+        name = re.sub(r"[^\w.-]+", "_", name)
+        self.result = f"results/{name}.json"
+        self.checkpoint = os.path.join(config.out_dir, f"{name}.pt")
         self.identity = {name: getattr(config, name) for name in TUNED_BY}
         self.identity |= {"stream": asdict(self.stream), "pretrained": self.pretrained,
                           "model": asdict(self.model.config)}
 
     def check(self, shortest, possible):
-        """Raise SystemExit for a length or a row that is not possible."""
+        """Refuse a length or a row that is not possible."""
         config, c = self.config, self.model.config
-        of_setting = {"train_length": [config.train_length], "eval_lengths": self.lengths}
-        for name, lengths in of_setting.items():
-            if min(lengths) < shortest:
-                raise config.error(f"{name}={min(lengths)} is too short: {config.task} needs "
+        used = {"train_length": config.train_length, "eval_lengths": min(self.lengths)}
+        for name, length in used.items():
+            if length < shortest:
+                raise config.error(f"{name}={length} is too short: {config.task} needs "
                                    f"{shortest} tokens")
         if c.pos == "absolute" and config.train_length > c.block_size:
             raise config.error(f"train_length={config.train_length}, but there are learned "
                                f"positions for {c.block_size}")
-        for row in self.rows:
-            if row not in possible:
-                raise config.error(f"rows={config.rows}: {row} is not among what this model and "
-                                   f"marker allow: {', '.join(possible)}")
+        for row in set(self.rows) - set(possible):
+            raise config.error(f"rows={config.rows}: {row} is not among what this model and "
+                               f"marker allow: {', '.join(possible)}")
 
     def go(self, pool, machine):
         """Fine-tune, measure and write the result, or go on with what was begun."""
         config = self.config
         result = self.find(self.result, read_result)
         if result and all(result["config"][name] == getattr(config, name) for name in MEASURED_BY):
-            print(f"{self.result} is there already")
-            return
+            return print(f"{self.result} is there already")
         os.makedirs("results", exist_ok=True)
         os.makedirs(config.out_dir, exist_ok=True)
+        print(f"{self.result}: {self.steps} steps, phases {', '.join(map(str, self.phases))}",
+              flush=True)
         saved = self.find(self.checkpoint, checkpoint.load)
         if saved:
             self.model.load_state_dict(saved["model"])
-            print(f"going on behind step {saved['step']}")
+            print(f"going on from step {saved['step']}")
         self.model.to(machine.device)
-        print(f"{self.name}: {self.steps} steps of {config.task_batch_size}, phases "
-              f"{', '.join(map(str, self.phases))}", flush=True)
         if saved and saved["finished"]:
             history = saved["progress"]["history"]
         else:
             history = fine_tune(self, saved, pool, machine)
-        tests, rows = self.measure(pool, machine)
-        self.write(history, tests, rows, machine)
+        self.measure_all(history, pool, machine)
 
     def find(self, path, load):
-        """The contents of a file that an earlier run left, or None."""
+        """What an earlier run with the same settings left in a file, or None."""
         if not os.path.exists(path) or self.config.overwrite:
             return None
         found = self.config.checked(load, path)
@@ -694,37 +668,24 @@ class Run:
                              "--overwrite it")
         return found
 
-    def measure(self, pool, machine):
-        """(tests, rows): facts about the test examples of each length, and all rows."""
-        tests, rows, c = {}, [], self.model.config
+    def measure_all(self, history, pool, machine):
+        """Measure all rows at all lengths, and write the result."""
+        config, c, tests, rows = self.config, self.model.config, {}, []
         for length in self.lengths:
+            print(f"{length} tokens", flush=True)
             if c.pos == "absolute" and length > c.block_size:
                 impossible = f"learned positions end at {c.block_size}"
                 rows.append({"row": "full", "length": length, "impossible": impossible})
-                print(f"{length} tokens: not possible, {impossible}", flush=True)
                 continue
-            examples = draw_split(pool, self.stream, "test", length, self.config.test_examples)
-            [(_, most_frequent)] = Counter(e.answer for e in examples).most_common(1)
-            prompts = "\n".join(e.prompt for e in examples)
-            test = tests[str(length)] = {
-                "n": len(examples), "chance": float(np.mean([e.chance for e in examples])),
-                "majority": most_frequent / len(examples),
-                "mean_tokens": float(np.mean([len(e.tokens) for e in examples])),
-                "sha256_of_prompts": prepare.sha256(prompts.encode())}
-            print(f"{length} tokens: {test['n']} examples, exact match by chance "
-                  f"{100 * test['chance']:.1f}%, by the most frequent answer "
-                  f"{100 * test['majority']:.1f}%", flush=True)
+            examples = draw_split(pool, self.stream, "test", length, config.test_examples)
+            tests[str(length)] = facts(examples)
             rows += [measure_row(self.model, row, examples, length, self.stream.mark, machine)
                      for row in self.rows]
-        return tests, rows
-
-    def write(self, history, tests, rows, machine):
-        config, pretrained = self.config, self.pretrained
         prepare.write_json(self.result, {
             "format": FORMAT, "label": self.label, "task": config.task,
             "placement": self.placement, "marker": self.marker,
-            "train_length": config.train_length, "pretrained": pretrained,
-            "seeds": {"pretraining": pretrained["seed"], "fine-tuning": config.seed,
+            "train_length": config.train_length, "pretrained": self.pretrained,
+            "seeds": {"pretraining": self.pretrained["seed"], "fine-tuning": config.seed,
                       "test": TEST_SEED},
             "commit": commit(),
             "hardware": {"device": machine.name(), "processor": processor(),
@@ -735,23 +696,32 @@ class Run:
         print(f"written to {self.result}")
 
 
+def facts(examples):
+    """What a result says about the test examples of one length."""
+    [(_, most_frequent)] = Counter(e.answer for e in examples).most_common(1)
+    prompts = "\n".join(e.prompt for e in examples)
+    return {"n": len(examples), "chance": float(np.mean([e.chance for e in examples])),
+            "majority": most_frequent / len(examples),
+            "mean_tokens": float(np.mean([len(e.tokens) for e in examples])),
+            "sha256_of_prompts": prepare.sha256(prompts.encode())}
+
+
 def read_result(path):
     """A file that this script wrote. Raises SystemExit for anything else."""
     try:
         with open(path, encoding="utf-8") as file:
             result = json.load(file)
+        result["run"].pop("trial_steps", None)  # older files have it; nothing depends on it
+        version = result["format"]
     except OSError:
         raise SystemExit(f"error: no result {path}: write one with python eval_synthetic.py "
                          "--task=...") from None
-    except ValueError:
-        result = None
-    version = result.get("format") if isinstance(result, dict) else None
-    if version == FORMAT and result.keys() >= CONTENT:
-        result["run"].pop("trial_steps", None)  # older files have it; nothing depends on it
-        return result
-    if version != FORMAT and str(version).startswith("synthetic tasks"):
-        raise SystemExit(f"error: {path} is of format '{version}', not '{FORMAT}': measure again")
-    raise SystemExit(f"error: {path} is not a result of eval_synthetic.py")
+    except (ValueError, TypeError, KeyError):
+        version = None
+    if version != FORMAT:
+        raise SystemExit(f"error: {path} is not a result of eval_synthetic.py, or not of the "
+                         f"format '{FORMAT}'")
+    return result
 
 
 def commit():
@@ -790,10 +760,8 @@ def main(argv=None):
                 runs.append(Run(own))
             while runs:
                 runs.pop(0).go(pool, machine)  # and lets go of its model
-    except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; {GO_ON}") from None
-    except BrokenExecutor:
-        raise SystemExit(f"error: a worker was killed, perhaps for memory; {GO_ON}") from None
+    except (KeyboardInterrupt, BrokenExecutor):  # the latter: a worker was killed
+        raise SystemExit(f"error: interrupted; {GO_ON}") from None
     except torch.OutOfMemoryError:
         raise SystemExit(f"error: {machine.name()} has too little memory: try a shorter "
                          "--train_length, or a smaller --task_batch_size") from None
