@@ -378,20 +378,16 @@ def draw_attention(findings, maps):
     figure = Figure(figsize=((len(maps) + 1) * size, 0.9 * size), layout="constrained")
     figure.suptitle(f"One prompt of {len(names)} tokens; meta-tokens are red squares")
     *axes, right = figure.subplots(1, len(maps) + 1)
-    places = [i for i, name in enumerate(names) if name == prepare.META]
+    places = [str(i) for i, name in enumerate(names) if name == prepare.META]
+    ticks = {"causal": names, "meta": places}
     for ax, (kind, layers) in zip(axes, maps.items()):
         shown = layers[-1].copy()
         shown[np.triu_indices(len(shown), 1)] = np.nan
         heat_map(ax, shown, "attention", (0, np.nanquantile(shown, 0.98)), "magma_r")
+        token_axis(ax.xaxis, ticks[kind])
+        token_axis(ax.yaxis, ticks[kind])
         ax.set(title=f"{kind} attention, last layer, mean over heads", xlabel="key",
                ylabel="query")
-        if kind == "causal":
-            token_axis(ax.xaxis, names)
-            token_axis(ax.yaxis, names)
-        else:
-            ax.set_xticks(range(len(places)), labels=places)
-            ax.set_yticks(range(len(places)), labels=places)
-            ax.set(xlabel="key: position of a meta-token", ylabel="query: position")
     layers = range(1, len(maps["causal"]) + 1)
     for (which, own), color in zip(findings["attention_on_meta_tokens"].items(), ("C0", "C3")):
         heads = own["per_layer_and_head"]                                  # (L, nh)
@@ -540,12 +536,12 @@ def heat_map(ax, values, label, limits=None, cmap="RdBu_r"):
 
 def token_axis(axis, names):
     """Ticks with the names of tokens; a meta-token is a red square."""
-    rotation = 90 if axis.axis_name == "x" else 0
-    axis.set_ticks(range(len(names)), labels=names, fontsize=9 if len(names) < 60 else 6,
-                   family="monospace", rotation=rotation)
-    for name, tick in zip(names, axis.get_ticklabels()):
-        if name == prepare.META:
-            tick.set(text="■", color=COLORS["meta"])
+    shown = ["■" if name == prepare.META else name for name in names]
+    axis.set_ticks(range(len(names)), labels=shown, fontsize=9 if len(names) < 60 else 6,
+                   family="monospace", rotation=90 if axis.axis_name == "x" else 0)
+    for name, tick in zip(shown, axis.get_ticklabels()):
+        if name == "■":
+            tick.set_color(COLORS["meta"])
 
 
 SHOWN = str.maketrans({"\n": "↵", "\t": "→", " ": "␣", "$": r"\$"})  # $ would begin a formula

@@ -285,12 +285,11 @@ def recall_panels(subject, sizes):
         for reader, own in zip(readers, features):
             for split, n in sizes.items():
                 own[split] = recall_features(reader, split, n, length, subject.device, pool)
-    title = ("List Recall: the answer's first token, where it is predicted\n"
-             f"(prompts of up to {length} tokens)")
+    title = f"List Recall in up to {length} tokens: the answer's first, where it is predicted"
     panels = {title: [(reader.label, own, "answer", "first")
                       for reader, own in zip(readers, features)]}
     if "meta" in features[0]["train"]:
-        title = f"List Recall: the answer, from far before it\n(within {subject.label})"
+        title = f"List Recall: the answer, from far before it, within {subject.label}"
         panels[title] = [("the mark behind the queried list", features[0], "meta", "y"),
                          ("the text token before that", features[0], "text", "y"),
                          ("mean over the text up to there", features[0], "mean", "y")]
@@ -351,7 +350,8 @@ def draw_panel(ax, panel):
                label=f"nothing known: H(Y) = {entropy_of_y:.2f} nats")
     ax.axline((0, entropy_of_y), slope=-1, color="gray", linestyle=":",
               label="no encoder gets below: H(Y) - rate")
-    ax.set(title=panel["title"], xlabel="rate: KL(q(z|h) || N(0, I)) (nats)",
+    ax.set_title(panel["title"], fontsize="medium")
+    ax.set(xlabel="rate: KL(q(z|h) || N(0, I)) (nats)",
            ylabel="held-out distortion: -log q(y|z) (nats)",
            xlim=(-0.1, 4 * entropy_of_y),
            ylim=(0.8 * min(lowest, entropy_of_y), 1.1 * max(lowest, entropy_of_y)))
@@ -366,23 +366,22 @@ def rate_distortion(subject):
     sizes = {"train": n, "validation": max(n // 4, 1), "test": max(n // 2, 1)}
     panels = recall_panels(subject, sizes)
     if subject.reads_plain_text:
-        title = f"Plain text: the next text token\n(within {subject.label})"
+        title = f"Plain text: the next text token, within {subject.label}"
         panels[title] = plain_text_panel(subject, sizes)
     torch.manual_seed(config.seed)
     measured = []
     for title, panel in panels.items():
         measured.append(measure_panel(title, panel, config.bottleneck_seeds,
                                       config.bottleneck_steps, subject.device))
-    figure = Figure(figsize=(6.5 * len(measured), 5.5), layout="constrained")
+    figure = Figure(figsize=(7.5 * len(measured), 5.5), layout="constrained")
     figure.suptitle("Frozen states of the last layer, before ln_f, through trained bottlenecks")
     for ax, panel in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured):
         draw_panel(ax, panel)
 
     said = []
     for panel in measured:
-        title, rate, there = panel["title"], panel["rate"], panel["distortion_at_rate"]
-        values = ", ".join(f"{label} {distortion:.3f}" for label, distortion in there.items())
-        said.append(f"{title.splitlines()[0]}, at rate {rate:.2f}: {values}")
-        panel["title"] = " ".join(title.split())
+        there = panel["distortion_at_rate"].items()
+        values = ", ".join(f"{label} {distortion:.3f}" for label, distortion in there)
+        said.append(f"{panel['title']}, at rate {panel['rate']:.2f}: {values}")
     findings = {"betas": BETAS, "panels": measured}
     return findings, figure, f"held-out distortion (nats). {'; '.join(said)}"
