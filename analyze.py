@@ -5,8 +5,8 @@
     python analyze.py --init_from=out --what=attention --start="def main("
     python analyze.py --init_from=out/a.pt --what=rate_distortion --compare=out/b.pt
 
-Each part prints a line and writes <part>.json and <part>.png: to analysis/ beside the
-checkpoint (for out/best.pt, to out/analysis/best/), or to <out_dir>/analysis/ if
+Each part prints a line and writes <part>.json and <part>.png: to out/analysis/ for the
+checkpoint out, to out/analysis/best/ for out/best.pt, or to <out_dir>/analysis/ if
 --out_dir= is typed. The text is the validation split of the checkpoint's data, or of
 --dataset=. Everything is computed in float32.
 
@@ -27,7 +27,7 @@ import sample
 import train
 from machine import pick_device
 from model import rotate
-from rate_distortion import batches_of, joined, label_of, rate_distortion
+from rate_distortion import batches_of, inputs_of, joined, label_of, rate_distortion
 
 import numpy as np
 import torch
@@ -39,37 +39,10 @@ from tqdm import tqdm
 NUMBERS = 1 << 24                    # attention scores, or logits, held at once: 64 MB
 MAX_SHOWN = 128                      # tokens of a map that one can still read
 COLORS = {"meta": "C3", "text": "C0"}
-START = """def count(path):
-    counts = {}
-    with open(path) as file:
-        for word in file.read().split():
-            counts[word] = counts.get(word, 0) + 1
-    return counts
-"""
 
 
 # --------------------------------------------------------------------------------------
-# Hooks see what the fast path computes, and leave it as it is
-
-@torch.no_grad()
-def inputs_of(model, idx, modules, zeroed=None):
-    """What each module gets as the model reads idx (B, T): [(module, *args)], in order.
-
-    zeroed: tokens whose input embedding becomes 0, bool (B, T).
-    """
-    seen = []
-    hooks = [module.register_forward_pre_hook(lambda module, args: seen.append((module, *args)))
-             for module in modules]
-    if zeroed is not None:
-        hooks.append(model.transformer.wte.register_forward_hook(
-            lambda module, args, x: x.masked_fill(zeroed.unsqueeze(-1), 0)))
-    try:
-        model.hidden_states(idx)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
-
+# What the fast path computes, seen by hooks that leave it as it is
 
 def attention_inputs(model, idx, name, zeroed=None):
     """[(attention, x, rope)] by layer. name: "attn", or "meta_attn" of gathered x."""
@@ -223,8 +196,7 @@ def measure_sharpening(subject):
 
     values = {kind: joined(own) for kind, own in batches.items()}      # (blocks, L, nh, T)
     is_value = values["meta"]["drop"].isfinite()
-    findings = {"blocks": len(is_value), "values": int(is_value.sum()),
-                "a_value_is": "of a text query, a layer and a head", "interval_is": "over blocks"}
+    findings = {"blocks": len(is_value), "values": int(is_value.sum())}
     for kind, title in KINDS.items():
         findings[title] = {"share": by_head(values[kind]["share"].double().numpy())}
     for name in CHANGES:
@@ -233,8 +205,7 @@ def measure_sharpening(subject):
         for kind, own in zip(KINDS, both):
             means = values[kind][name].double().nanmean(-1).numpy()        # (blocks, L, nh)
             percent = 100 * np.histogram(own, edges)[0] / len(own)
-            findings[KINDS[kind]][name] = {**by_head(means), "median": np.median(own),
-                                           "histogram": {"edges": edges, "percent": percent}}
+            findings[KINDS[kind]][name] = {**by_head(means), "edges": edges, "percent": percent}
     return findings
 
 
@@ -244,17 +215,16 @@ def draw_sharpening(findings):
     figure.suptitle("Causal attention of text queries, with some input embeddings and without; "
                     f"{findings['blocks']} validation blocks, {findings['values']:,} values")
     for (name, title), (above, below) in zip(CHANGES.items(), figure.subplots(2, 3).T):
-        unit = "entropy drop (nats)" if name == "drop" else "logit boost (nats)"
         for kind, label in KINDS.items():
             own = findings[label][name]
-            above.stairs(own["histogram"]["percent"], own["histogram"]["edges"], fill=True,
-                         color=COLORS[kind], alpha=0.5, label=f"{label}: mean {text_of(own)}")
+            above.stairs(own["percent"], own["edges"], fill=True, alpha=0.5, color=COLORS[kind],
+                         label=f"{label}: mean {text_of(own)}")
             above.axvline(own["mean"], color=COLORS[kind], linestyle="--")
-        above.set(title=title, xlabel=unit, ylabel="share of (query, layer, head) (%)")
+        above.set(title=title, xlabel="nats", ylabel="share of (query, layer, head) (%)")
         above.set_ylim(0, 1.3 * above.get_ylim()[1])  # room for the legend
         above.legend(fontsize="x-small", loc="upper right")
         heads = findings[KINDS["meta"]][name]["per_layer_and_head"]["mean"]  # (L, nh)
-        heat_map(below, heads, unit)
+        heat_map(below, heads, "nats")
         below.set(title="its mean by layer and head, meta-tokens zeroed", xlabel="head",
                   ylabel="layer")
         below.set_xticks(range(heads.shape[1]), labels=range(1, heads.shape[1] + 1))
@@ -276,8 +246,7 @@ def sharpening(subject):
 # resemble that of the text before it? Control: the text token before the meta-token
 
 SIMILARITIES = {"meta": "meta-token, with earlier text",
-                "text": "control: the text token before it, with earlier text",
-                "other": "meta-token, with earlier meta-tokens"}
+                "text": "control: the text token before it, with earlier text"}
 
 
 def similarity_by_distance(x, queries, keys, edges):
@@ -298,97 +267,68 @@ def similarity_by_distance(x, queries, keys, edges):
 
 
 def measure_residual(subject):
-    """The findings about all blocks: curves (L + 1, distances) of SIMILARITIES."""
+    """The findings: curves (L + 1, distances) of SIMILARITIES, the embedding first."""
     n_edges = 2 * int(math.log2(subject.blocks.block_size)) + 1
     edges = sorted({round(2 ** (i / 2)) for i in range(n_edges)})
-    batches, n_meta = [], 0
+    batches = []
     for idx in subject.batches("residual"):
         is_meta = idx == subject.model.config.meta_id
         is_before = F.pad(is_meta[:, 1:], (0, 1)) & ~is_meta  # text that a meta-token follows
         stream, curves = residual_stream(subject.model, idx), {}
-        for kind, queries, keys in (("meta", is_meta, ~is_meta), ("text", is_before, ~is_meta),
-                                    ("other", is_meta, is_meta)):
-            layers = [similarity_by_distance(x, queries, keys, edges) for x in stream]
+        for kind, queries in (("meta", is_meta), ("text", is_before)):
+            layers = [similarity_by_distance(x, queries, ~is_meta, edges) for x in stream]
             curves[kind] = torch.stack(layers, 1).cpu()                    # (B, L + 1, n)
         batches.append(curves)
-        n_meta += int(is_meta.sum())
     curves = joined(batches)
-    return {"blocks": len(curves["meta"]), "meta_tokens": n_meta, "interval_is": "over blocks",
-            "layers": "0: the embedding, i: after block i",
-            "distances": [[a, b - 1] for a, b in zip(edges, edges[1:])],
+    return {"blocks": len(curves["meta"]), "edges": edges,
             "curves": {title: estimate(curves[kind]) for kind, title in SIMILARITIES.items()}}
 
 
-def residual_example(subject, size=48):
-    """How the first block's last meta-token behind text, and that text, resemble the
-    tokens before: cosine similarities (L + 1, size + 1).
-    """
-    idx = next(subject.batches("residual"))[:1]                            # (1, T)
-    is_meta = idx[0] == subject.model.config.meta_id
-    at = int((is_meta[1:] & ~is_meta[:-1]).nonzero()[-1]) + 1
-    shown = slice(max(at - size, 0), at + 1)
-    stream = residual_stream(subject.model, idx)[:, 0]                     # (L + 1, T, C)
-    meta, text = (F.cosine_similarity(stream[:, shown], stream[:, i:i + 1], dim=-1).cpu().numpy()
-                  for i in (at, at - 1))
-    return {"tokens": names_of(subject.encoding, idx[0, shown].tolist()), "meta_token": meta,
-            "text_token_before_it": text}
-
-
 def draw_residual(findings):
-    """Similarity over distance, and two maps of one example."""
-    example = findings["example"]
-    n_layer = len(example["meta_token"]) - 1
-    figure = Figure(figsize=(15, 7.5 + 0.5 * n_layer), layout="constrained")
-    figure.suptitle(f"Residual stream: {findings['meta_tokens']:,} meta-tokens of "
-                    f"{findings['blocks']} validation blocks; 95% intervals over blocks")
-    maps = {"meta_token": "the meta-token at the right end",
-            "text_token_before_it": "control: the text token before it"}
-    axes = figure.subplot_mosaic([[*findings["curves"]], *([name] * 3 for name in maps)])
-    distances = [first for first, _ in findings["distances"]]
-    for title, curve in findings["curves"].items():
-        ax = axes[title]
+    """Similarity over distance: of meta-tokens, and of the control."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure.suptitle(f"Residual stream in {findings['blocks']} validation blocks; "
+                    "95% intervals over blocks")
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, (title, curve) in zip(axes, findings["curves"].items()):
+        n_layer = len(curve["mean"]) - 1
         for layer in np.unique(np.linspace(0, n_layer, 5).astype(int)):  # five lines at most
             color = colormaps["viridis"](0.9 * layer / n_layer)
             label = f"after block {layer}" if layer else "embedding"
-            ax.plot(distances, curve["mean"][layer], color=color, label=label)
-            ax.fill_between(distances, curve["low"][layer], curve["high"][layer], color=color,
-                            alpha=0.2, linewidth=0)
+            ax.plot(findings["edges"][:-1], curve["mean"][layer], color=color, label=label)
+            ax.fill_between(findings["edges"][:-1], curve["low"][layer], curve["high"][layer],
+                            color=color, alpha=0.2, linewidth=0)
         ax.set_xscale("log", base=2)
-        ax.set(title=title, xlabel="distance (tokens)", ylabel="mean cosine similarity",
-               ylim=(-0.3, 1.03))
+        ax.set(title=title, xlabel="distance (tokens)", ylabel="mean cosine similarity")
         ax.grid(alpha=0.3)
-    axes[SIMILARITIES["meta"]].legend(fontsize="small", ncols=2)
-    for name, which in maps.items():
-        heat_map(axes[name], example[name], "cosine similarity", limits=(-1, 1))
-        token_axis(axes[name].xaxis, example["tokens"])
-        axes[name].set(title=f"one example, {which}: similarity with each token",
-                       ylabel="after block", yticks=range(n_layer + 1))
+    axes[0].legend(fontsize="small")
     return figure
 
 
 def residual(subject):
     findings = measure_residual(subject)
-    findings["example"] = residual_example(subject)
-    distances = [first for first, _ in findings["distances"]]
+    distances = findings["edges"][:-1]
     far = np.searchsorted(distances, subject.blocks.block_size // 4)
-    said = [f"{text_of(curve, -1, 0)} and {text_of(curve, -1, far)}"
-            for curve in findings["curves"].values()]
+    meta, text = (f"{text_of(curve, -1, 0)} and {text_of(curve, -1, far)}"
+                  for curve in findings["curves"].values())
     return findings, draw_residual(findings), (
         f"cosine similarity with the text 1 and {distances[far]} tokens back, after the last "
-        f"block: of a meta-token {said[0]}, of the text token before it {said[1]}")
+        f"block: of a meta-token {meta}, of the text token before it {text}")
 
 
 # --------------------------------------------------------------------------------------
 # 3. Attention of one prompt: how much of it do meta-tokens get?
 
 def read_prompt(subject):
-    """Ids of --start=, or of our own prompt, with meta-tokens: an array (T,)."""
+    """Ids (T,) of --start= with meta-tokens, or of the first validation block."""
     config, meta_id = subject.config, subject.model.config.meta_id
-    start, room = sample.read_start(config), min(MAX_SHOWN, subject.model.config.block_size)
-    tokens = subject.encoding.encode_ordinary(START if start is None else start)
-    tokens = sample.inject_prompt(tokens, config, meta_id).astype(np.int64)
+    room = min(MAX_SHOWN, subject.model.config.block_size)
+    start = sample.read_start(config)
     if start is None:
-        tokens = tokens[:min(MAX_SHOWN // 2, room)]
+        tokens = subject.blocks.batch([0])[0][0, :room // 2].numpy()
+    else:
+        tokens = subject.encoding.encode_ordinary(start)
+        tokens = sample.inject_prompt(tokens, config, meta_id).astype(np.int64)
     if len(tokens) > room:
         raise config.error(f"the prompt has {len(tokens)} tokens, but a map has room for {room}: "
                            "give a shorter --start=")
@@ -432,36 +372,31 @@ def measure_attention(subject, tokens):
 
 
 def draw_attention(findings, maps):
-    """Maps of the first and last layer, and the attention on meta-tokens by layer."""
-    names, last = findings["tokens"], len(maps["causal"]) - 1
+    """Maps of the last layer, and the attention on meta-tokens by layer."""
+    names = findings["tokens"]
     size = max(0.11 * len(names), 5)
-    figure = Figure(figsize=(3 * size, 0.9 * size * len(maps)), layout="constrained")
-    axes = figure.subplot_mosaic([["causal 0", f"causal {last}", "share"],
-                                  ["meta 0", f"meta {last}", "."]][:len(maps)])
-    places = [i for i, name in enumerate(names) if name == prepare.META]
-    ticks = {"causal": names, "meta": []}
-    for place in places:
-        text = "".join(name for name in names[:place] if name != prepare.META)
-        ticks["meta"].append(f"{text[-8:]} {place}")
-    for kind, layers in maps.items():
-        for layer in {0, last}:
-            ax, shown = axes[f"{kind} {layer}"], layers[layer].copy()
-            shown[np.triu_indices(len(shown), 1)] = np.nan
-            heat_map(ax, shown, "attention", (0, np.nanquantile(shown, 0.98)), "magma_r")
-            token_axis(ax.xaxis, ticks[kind])
-            token_axis(ax.yaxis, ticks[kind])
-            ax.set(title=f"{kind} attention, layer {layer + 1}, mean over heads", xlabel="key",
-                   ylabel="query")
-    ax, layers = axes["share"], range(1, last + 2)
-    ax.set(title="attention on meta-tokens by layer", xlabel="layer", ylabel="share of attention",
-           xticks=layers)
+    figure = Figure(figsize=((len(maps) + 1) * size, 0.9 * size), layout="constrained")
+    figure.suptitle(f"One prompt of {len(names)} tokens; meta-tokens are red squares")
+    *axes, right = figure.subplots(1, len(maps) + 1)
+    places = [str(i) for i, name in enumerate(names) if name == prepare.META]
+    ticks = {"causal": names, "meta": places}
+    for ax, (kind, layers) in zip(axes, maps.items()):
+        shown = layers[-1].copy()
+        shown[np.triu_indices(len(shown), 1)] = np.nan
+        heat_map(ax, shown, "attention", (0, np.nanquantile(shown, 0.98)), "magma_r")
+        token_axis(ax.xaxis, ticks[kind])
+        token_axis(ax.yaxis, ticks[kind])
+        ax.set(title=f"{kind} attention, last layer, mean over heads", xlabel="key",
+               ylabel="query")
+    layers = range(1, len(maps["causal"]) + 1)
     for (which, own), color in zip(findings["attention_on_meta_tokens"].items(), ("C0", "C3")):
         heads = own["per_layer_and_head"]                                  # (L, nh)
-        ax.plot(layers, heads, "o", color=color, alpha=0.4)
-        ax.plot(layers, heads.mean(1), color=color, label=f"{which} (dots: heads)")
-        ax.axhline(own["if_uniform"], color=color, linestyle=":", label=f"{which}, if uniform")
-    ax.legend()
-    figure.suptitle(f"One prompt of {len(names)} tokens, {len(places)} of them meta-tokens (red)")
+        right.plot(layers, heads, "o", color=color, alpha=0.4)
+        right.plot(layers, heads.mean(1), color=color, label=f"{which} (dots: heads)")
+        right.axhline(own["if_uniform"], color=color, linestyle=":", label=f"{which}, if uniform")
+    right.set(title="attention on meta-tokens by layer", xlabel="layer", xticks=layers,
+              ylabel="share of attention")
+    right.legend()
     return figure
 
 
@@ -525,91 +460,67 @@ def read_sequences(subject):
     return [tokens.view(n, -1)[:, :length] for tokens in blocks.batch(numbers)]
 
 
-def measure_losses(subject, name, length, changes, x, y):
-    """Losses of the last `length` tokens of each sequence, read alone: (n, length)."""
+def loss_at_end(subject, changes, x, y, tail):
+    """The mean loss of the last tokens of each sequence x (n, T): (n,)."""
     model, losses = subject.model.reconfigured(**changes).to(subject.device).eval(), []
-    batches = batches_of(torch.arange(len(x)), length)
-    for rows in tqdm(batches, desc=f"{name}, {length} tokens", leave=False):
-        own_x, own_y = (tokens[rows, -length:].to(subject.device) for tokens in (x, y))
-        losses.append(text_losses(model, own_x, own_y).cpu().numpy())
-    return np.concatenate(losses)
+    for rows in batches_of(torch.arange(len(x)), x.size(1)):
+        own = text_losses(model, x[rows].to(subject.device), y[rows].to(subject.device))
+        losses.append(own[:, -tail:].nanmean(1).cpu())
+    return torch.cat(losses).numpy()
 
 
 def measure_perplexity(subject):
-    """The findings: loss by position, and of the same end by length of context."""
+    """The findings: the loss of the same text by length of context."""
     c = subject.model.config
     window, tail = c.block_size, max(c.block_size // 8, 1)
     lengths = [window // 4, window // 2, window, 2 * window, 4 * window]
     x, y = read_sequences(subject)
-    edges = np.linspace(0, 4 * window, 33).astype(int)
-    by_position, ends, by_context = {}, {}, {}
+    by_context = {}
     for name, runs in variants(c, lengths).items():
-        ends[name] = {}
-        for length, changes in runs.items():
-            losses = measure_losses(subject, name, length, changes, x, y)
-            ends[name][length] = np.nanmean(losses[:, -tail:], 1)          # (n,)
-        bins = [losses[:, a:b] for a, b in zip(edges, edges[1:]) if b <= length]
-        by_position[name] = estimate(np.stack([np.nanmean(own, 1) for own in bins], 1))
-    for name, own in ends.items():
         by_context[name] = {}
-        for length, values in own.items():
-            difference = estimate(values - ends["as trained"][window])
-            by_context[name][length] = {**estimate(values), "minus_one_window": difference}
-    return {
-        "sequences": len(x), "window": window, "tail": tail,
-        "impossible": f"learned positions end at {window}" if c.pos == "absolute" else None,
-        "interval_is": "over sequences of consecutive validation blocks, meta-tokens in place",
-        "by_context_is": f"the text among the last {tail} tokens of a sequence, the same "
-                         "whatever the context",
-        "position_edges": edges, "by_position": by_position, "by_context": by_context}
+        for length, changes in tqdm(runs.items(), desc=name, leave=False):
+            losses = loss_at_end(subject, changes, x[:, -length:], y[:, -length:], tail)
+            by_context[name][length] = losses                              # (n,)
+    one_window = by_context["as trained"][window]
+    for runs in by_context.values():
+        for length, losses in runs.items():
+            difference = estimate(losses - one_window)  # of the same text: paired
+            runs[length] = {**estimate(losses), "minus_one_window": difference}
+    return {"sequences": len(x), "window": window, "tail": tail, "by_context": by_context}
 
 
 def draw_perplexity(findings):
-    """Loss by position, and of the same tokens by length of context."""
-    figure = Figure(figsize=(14, 5.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    edges = findings["position_edges"]
-    for i, (name, own) in enumerate(findings["by_position"].items()):
-        positions = ((edges[:-1] + edges[1:]) / 2)[:len(own["mean"])]
-        left.plot(positions, own["mean"], color=f"C{i}", label=name)
-        if name == "as trained":  # the intervals of all are about as wide
-            left.fill_between(positions, own["low"], own["high"], color=f"C{i}", alpha=0.15,
-                              label="its 95% interval")
-        contexts = findings["by_context"][name]
-        points = [own["minus_one_window"] for own in contexts.values()]
-        mean = np.array([point["mean"] for point in points])
+    """How the loss of the same text changes with the length of its context."""
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    ax, window = figure.subplots(), findings["window"]
+    for name, runs in findings["by_context"].items():
+        points = [run["minus_one_window"] for run in runs.values()]
+        mean = [point["mean"] for point in points]
         half = [point["high"] - point["mean"] for point in points]
-        right.errorbar([*contexts], mean, half, marker="o", capsize=3, color=f"C{i}", label=name)
+        ax.errorbar([*runs], mean, half, marker="o", capsize=3, label=name)
+    ax.axvline(window, color="gray", linestyle=":", label="the window")
+    ax.set_xscale("log", base=2)
     lengths = [*findings["by_context"]["as trained"]]
-    right.set_xscale("log", base=2)
-    right.set_xticks(lengths, labels=map(str, lengths))
-    left.set(title=f"Loss by position in {lengths[-1]} tokens", xlabel="position (tokens)",
-             ylabel="loss (nats per text token)")
-    right.set(title=f"The same last {findings['tail']} tokens behind more and more context:\n"
-              "their loss, minus that of one window as trained",
-              xlabel="length of what is read (tokens)",
-              ylabel="difference of loss (nats per text token)")
-    for ax in (left, right):
-        ax.axvline(findings["window"], color="gray", linestyle=":", label="the window")
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize="small")
+    ax.set_xticks(lengths, labels=map(str, lengths))
+    ax.set(title=f"The same last {findings['tail']} tokens behind more and more context\n"
+           f"({findings['sequences']} sequences, 95% intervals over them)",
+           xlabel="length of what is read (tokens)",
+           ylabel=f"loss, minus that after {window} tokens as trained (nats per text token)")
+    ax.grid(alpha=0.3)
+    ax.legend()
     return figure
 
 
 def perplexity(subject):
     findings = measure_perplexity(subject)
-    window, end = findings["window"], findings["impossible"]
-    title = (f"Validation text of {subject.config.dataset}: {findings['sequences']} sequences, "
-             "95% intervals over them")
-    figure = draw_perplexity(findings)
-    figure.suptitle(title if end is None else f"{title}; {end}")
-    if end is not None:
-        return findings, figure, f"no more than one window: {end}"
-    said = [f"{name} {text_of(found[4 * window]['minus_one_window'])}"
-            for name, found in findings["by_context"].items()]
-    return findings, figure, (
-        f"loss of the same {findings['tail']} tokens after {4 * window} tokens, minus that after "
-        f"{window}: {', '.join(said)} nats per text token")
+    window, by_context = findings["window"], findings["by_context"]
+    summary = f"no more than one window: learned positions end at {window}"
+    if subject.model.config.pos != "absolute":
+        said = [f"{name} {text_of(found[4 * window]['minus_one_window'])}"
+                for name, found in by_context.items()]
+        summary = (f"loss of the same {findings['tail']} tokens after {4 * window} tokens, minus "
+                   f"that after {window}: {', '.join(said)} nats per text token")
+    return findings, draw_perplexity(findings), summary
 
 
 # --------------------------------------------------------------------------------------
@@ -627,12 +538,10 @@ def token_axis(axis, names):
     """Ticks with the names of tokens; a meta-token is a red square."""
     shown = ["■" if name == prepare.META else name for name in names]
     axis.set_ticks(range(len(names)), labels=shown, fontsize=9 if len(names) < 60 else 6,
-                   family="monospace")
+                   family="monospace", rotation=90 if axis.axis_name == "x" else 0)
     for name, tick in zip(shown, axis.get_ticklabels()):
         if name == "■":
             tick.set_color(COLORS["meta"])
-        elif axis.axis_name == "x" and len(name) > 1:
-            tick.set_rotation(90)
 
 
 SHOWN = str.maketrans({"\n": "↵", "\t": "→", " ": "␣", "$": r"\$"})  # $ would begin a formula
@@ -644,9 +553,9 @@ def names_of(encoding, tokens):
     for token in tokens:
         if token >= encoding.n_vocab:
             names.append(prepare.META)
-            continue
-        piece = encoding.decode_single_token_bytes(token)
-        names.append(piece.decode("utf-8", "backslashreplace").translate(SHOWN))
+        else:
+            piece = encoding.decode_single_token_bytes(token)
+            names.append(piece.decode("utf-8", "backslashreplace").translate(SHOWN))
     return names
 
 
@@ -656,7 +565,6 @@ def names_of(encoding, tokens):
 PARTS = {part.__name__: part
          for part in (sharpening, residual, attention, rate_distortion, perplexity)}
 NEED_META = {"sharpening", "residual", "attention"}
-NEED_TEXT = {"sharpening", "residual", "perplexity"}
 DATA = ("dataset", "source", "text_field", "val_fraction", "max_tokens")
 HELP = (settings.Analysis, "init_from", "out_dir", "dataset", "start", "train_length", "label",
         "workers", "seed", "device")
@@ -673,7 +581,6 @@ class Subject:
         self.device = config.checked(pick_device, config.device)
         self.model, self.checkpoint, self.path = train.load_saved(config)
         self.label = config.label or label_of(self.checkpoint, self.path)
-        self.sha256 = checkpoints.sha256_of_weights(self.model)
         self.commit = eval_synthetic.commit()  # now: results may be part of the repository
         self.folder = folder_of(config, self.path)
         self.encoding = prepare.get_tokenizer(config.tokenizer)
@@ -690,14 +597,14 @@ class Subject:
         # rate_distortion compares meta-tokens with plain text, which a tuned model has
         # forgotten
         self.reads_plain_text = has_meta and "run" not in self.checkpoint
-        if NEED_TEXT & {*names} or ("rate_distortion" in names and self.reads_plain_text):
+        if names != ["rate_distortion"] or self.reads_plain_text:
             self.open_data()
         self.model.to(self.device).eval()
 
     def open_data(self):
         config, c = self.config, self.model.config
         manifest, folder = prepare.read_manifest(config), prepare.folder_of(config.dataset)
-        n_meta, size = manifest["meta_per_block"], manifest["block_size"]
+        n_meta = manifest["meta_per_block"]
         if manifest["tokenizer"] != config.tokenizer:
             raise config.error(f"{folder} was written by tokenizer {manifest['tokenizer']}, but "
                                f"the checkpoint reads {config.tokenizer}")
@@ -705,14 +612,8 @@ class Subject:
             kind = "without" if c.meta_id is None else "with"
             raise config.error(f"{folder} has {n_meta} meta-tokens a block, but the checkpoint is "
                                f"one {kind} meta-tokens: name another --dataset=")
-        if c.pos == "absolute" and size > c.block_size:
-            raise config.error(f"{folder} has blocks of {size} tokens, but learned positions end "
-                               f"at {c.block_size}")
         self.blocks = train.Blocks(folder, manifest, "val")
-        shards = manifest["splits"]["val"]["shards"]
-        self.data = {"dataset": config.dataset, "block_size": size, "meta_per_block": n_meta,
-                     "meta_placement": manifest["meta_placement"],
-                     "sha256_of_shards": [shard["sha256"] for shard in shards]}
+        self.data = {"dataset": config.dataset, "validation": manifest["splits"]["val"]}
 
     def batches(self, desc):
         """analysis_blocks of the validation blocks, spread evenly over them: (B, T)."""
@@ -728,9 +629,7 @@ def folder_of(config, path):
         return os.path.join(config.out_dir, "analysis")
     if not path.endswith(".pt"):
         return os.path.join(path, "analysis")
-    folder = os.path.join(os.path.dirname(path), "analysis")
-    name = checkpoints.stem(path)
-    return folder if name == "ckpt" else os.path.join(folder, name)
+    return os.path.join(os.path.dirname(path), "analysis", checkpoints.stem(path))
 
 
 def write(subject, name, argv, findings, figure, summary):
@@ -740,10 +639,9 @@ def write(subject, name, argv, findings, figure, summary):
         "what": name, "summary": summary, "figures": for_json(findings),
         "command": shlex.join(["python", "analyze.py", *argv]),
         "checkpoint": {"path": subject.path, "step": subject.checkpoint["step"],
-                       "sha256_of_weights": subject.sha256},
-        "model": asdict(subject.model.config), "data": subject.data, "commit": subject.commit,
-        "device": str(subject.device), "torch": torch.__version__,
-        "config": asdict(subject.config)})
+                       "sha256_of_weights": checkpoints.sha256_of_weights(subject.model)},
+        "config": asdict(subject.config), "data": subject.data, "commit": subject.commit,
+        "device": str(subject.device), "torch": torch.__version__})
     figure.savefig(f"{path}.png.tmp", format="png", dpi=100)
     os.replace(f"{path}.png.tmp", f"{path}.png")
     print(f"{name}: {summary}", flush=True)

@@ -8,14 +8,16 @@ bottleneck is trained on frozen states,
 to minimise distortion + beta * rate: E[-log q(y|z)] + beta * KL(q(z|h) || N(0, I)).
 Each beta gives one point of a curve, measured on held-out examples.
 
+Theorem 5.1 is about the best possible encoder. These are trained, and each curve lies
+above the best one by an unknown amount: their order illustrates the theorem, it cannot
+verify it.
+
 Shapes: n examples, C width; H bottlenecks side by side, b examples a step, d size of z.
 """
-import json
 import math
-import os
 import re
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import checkpoint as checkpoints
 import eval_synthetic
@@ -33,11 +35,6 @@ LATENT = 32                          # d
 BETAS = np.logspace(-3, 0, 10)       # the paper's 0.01 to 1, and smaller ones
 CLASSES = 256                        # next tokens that are told apart; the rest are one class
 TOKENS = 1 << 13                     # tokens of a batch
-THEOREM = (
-    "Theorem 5.1 is about the best possible encoder: at no rate is its distortion larger with "
-    "meta-tokens than without. These encoders are trained (linear, Gaussian), and their rates "
-    "upper bounds: a curve lies above the best one by an unknown amount, so that the order of "
-    "curves illustrates the theorem and cannot verify it. No encoder gets below H(Y) - rate.")
 
 
 # --------------------------------------------------------------------------------------
@@ -121,16 +118,29 @@ def rate_distortion_curve(x, y, betas, seeds, steps, lr=2e-2, desc=None):
 # States, and what they are to tell
 
 @torch.no_grad()
-def final_states(model, idx):
-    """What the last block puts out, before ln_f: idx (B, T) -> (B, T, C)."""
-    states = []
-    hook = model.transformer.ln_f.register_forward_pre_hook(
-        lambda module, args: states.append(args[0]))
+def inputs_of(model, idx, modules, zeroed=None):
+    """What each module gets as the model reads idx (B, T): [(module, *args)], in order.
+
+    zeroed: tokens whose input embedding becomes 0, bool (B, T).
+    """
+    seen = []
+    hooks = [module.register_forward_pre_hook(lambda module, args: seen.append((module, *args)))
+             for module in modules]
+    if zeroed is not None:
+        hooks.append(model.transformer.wte.register_forward_hook(
+            lambda module, args, x: x.masked_fill(zeroed.unsqueeze(-1), 0)))
     try:
         model.hidden_states(idx)
     finally:
-        hook.remove()
-    return states[0]
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def final_states(model, idx):
+    """What the last block puts out, before ln_f: idx (B, T) -> (B, T, C)."""
+    [(_, x)] = inputs_of(model, idx, [model.transformer.ln_f])
+    return x
 
 
 def batches_of(sequences, length):
@@ -147,35 +157,12 @@ def joined(batches):
     return result
 
 
-def cached(folder, key, compute, *args):
-    """compute(*args), a dictionary of tensors, kept in a file for the next such key."""
-    name = prepare.sha256(json.dumps(key, sort_keys=True).encode())[:16]
-    path = os.path.join(folder, f"features_{name}.pt")
-    if not os.path.exists(path):
-        checkpoints.save(path, compute(*args))
-    return torch.load(path, weights_only=True)
-
-
 @dataclass
 class Reader:
     """A model, and the examples of List Recall that it reads."""
     model: GPT
     label: str
     stream: eval_synthetic.Stream
-    length: int | None  # that eval_synthetic.py tuned it at; None: it did not
-
-
-def reader_of(model, checkpoint, label, config):
-    """A Reader of what the model was tuned on, or else of what config says."""
-    run = checkpoint.get("run", {"train_length": None, "stream": {
-        "task": "list_recall", "placement": "task", "mark": model.config.meta_id,
-        "tokenizer": config.tokenizer}})
-    stream = eval_synthetic.Stream(**run["stream"] | {"seed": config.seed})  # for all the same
-    if (stream.task, stream.tokenizer) != ("list_recall", config.tokenizer):
-        raise ValueError(
-            f"rate_distortion is about List Recall in tokens of {config.tokenizer}, but {label} "
-            f"was tuned on {stream.task} in tokens of {stream.tokenizer}")
-    return Reader(model, label, stream, run["train_length"])
 
 
 def label_of(checkpoint, path):
@@ -186,28 +173,37 @@ def label_of(checkpoint, path):
 def open_readers(subject):
     """(readers, length): the model that is looked into, then those of --compare=.
 
-    Raises ValueError if they cannot all read the same prompts of up to `length` tokens.
+    All read the same prompts of up to `length` tokens, each with the marks that it was
+    tuned on. Raises ValueError if they cannot.
     """
     config = subject.config
-    readers = [reader_of(subject.model, subject.checkpoint, subject.label, config)]
+    opened = {subject.label: (subject.model, subject.checkpoint)}
     for path in filter(None, config.compare.split(",")):
         checkpoint = checkpoints.load(path)
-        if "run" not in checkpoint:
-            raise ValueError(f"{path} was not tuned by eval_synthetic.py")
-        model = checkpoints.build(checkpoint).to(subject.device).eval()
-        readers.append(reader_of(model, checkpoint, label_of(checkpoint, path), config))
-    labels = [reader.label for reader in readers]
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"two models of one name among {', '.join(labels)}: rename a file, or "
-                         "tune with another --label=")
-    lengths = sorted({reader.length for reader in readers if reader.length})
+        label = label_of(checkpoint, path)
+        if label in opened:
+            raise ValueError(f"two models of one name, {label}: rename a file, or tune with "
+                             "another --label=")
+        opened[label] = checkpoints.build(checkpoint).to(subject.device).eval(), checkpoint
+    readers, lengths = [], set()
+    for label, (model, checkpoint) in opened.items():
+        untuned = {"train_length": min(config.train_length, config.block_size), "stream": {
+            "task": "list_recall", "placement": "task", "mark": model.config.meta_id,
+            "tokenizer": config.tokenizer}}
+        run = checkpoint.get("run", untuned)
+        stream = eval_synthetic.Stream(**run["stream"] | {"seed": config.seed})
+        if (stream.task, stream.tokenizer) != ("list_recall", config.tokenizer):
+            raise ValueError(f"rate_distortion is about List Recall in tokens of "
+                             f"{config.tokenizer}, but {label} was tuned on {stream.task} in "
+                             f"tokens of {stream.tokenizer}")
+        readers.append(Reader(model, label, stream))
+        lengths.add(run["train_length"])
     if len(lengths) > 1:
-        raise ValueError(f"tuned at different lengths, {', '.join(map(str, lengths))} tokens")
-    length = lengths[0] if lengths else min(config.train_length, subject.model.config.block_size)
+        raise ValueError(f"tuned at different lengths, {sorted(lengths)} tokens")
+    [length] = lengths
     shortest = eval_synthetic.min_length("list_recall", subject.encoding)
     if length < shortest:
-        raise ValueError(f"train_length={config.train_length}, block_size={config.block_size}: "
-                         f"List Recall needs {shortest} tokens")
+        raise ValueError(f"train_length={length}: List Recall needs {shortest} tokens")
     return readers, length
 
 
@@ -287,18 +283,13 @@ def recall_panels(subject, sizes):
     workers = config.workers or min(prepare.cores(), 4)
     with ProcessPoolExecutor(workers, initializer=eval_synthetic.start_worker) as pool:
         for reader, own in zip(readers, features):
-            key = {"stream": asdict(reader.stream), "model": asdict(reader.model.config),
-                   "weights": checkpoints.sha256_of_weights(reader.model), "length": length}
             for split, n in sizes.items():
-                own[split] = cached(
-                    subject.folder, key | {"split": split, "n": n},
-                    recall_features, reader, split, n, length, subject.device, pool)
-    title = ("List Recall: the answer's first token, where it is predicted\n"
-             f"(prompts of up to {length} tokens)")
+                own[split] = recall_features(reader, split, n, length, subject.device, pool)
+    title = f"List Recall in up to {length} tokens: the answer's first, where it is predicted"
     panels = {title: [(reader.label, own, "answer", "first")
                       for reader, own in zip(readers, features)]}
     if "meta" in features[0]["train"]:
-        title = f"List Recall: the answer, from far before it\n(within {subject.label})"
+        title = f"List Recall: the answer, from far before it, within {subject.label}"
         panels[title] = [("the mark behind the queried list", features[0], "meta", "y"),
                          ("the text token before that", features[0], "text", "y"),
                          ("mean over the text up to there", features[0], "mean", "y")]
@@ -314,11 +305,8 @@ def plain_text_panel(subject, sizes):
         raise subject.config.error(f"{len(blocks)} validation blocks cannot be cut into three "
                                    "parts: prepare more by --val_fraction=")
     for (split, n), start, stop in zip(sizes.items(), cuts, cuts[1:]):
-        key = {"weights": subject.sha256, "model": asdict(subject.model.config),
-               "data": subject.data, "blocks": [start, stop], "n": n}
-        features[split] = cached(
-            subject.folder, key,
-            next_token_features, subject.model, blocks, range(start, stop), n, subject.device)
+        features[split] = next_token_features(subject.model, blocks, range(start, stop), n,
+                                              subject.device)
     counts = torch.bincount(features["train"]["y"])
     frequent = counts.topk(min(CLASSES, len(counts))).indices
     class_of = torch.full((blocks.meta_id,), len(frequent))  # all others are one class
@@ -362,7 +350,8 @@ def draw_panel(ax, panel):
                label=f"nothing known: H(Y) = {entropy_of_y:.2f} nats")
     ax.axline((0, entropy_of_y), slope=-1, color="gray", linestyle=":",
               label="no encoder gets below: H(Y) - rate")
-    ax.set(title=panel["title"], xlabel="rate: KL(q(z|h) || N(0, I)) (nats)",
+    ax.set_title(panel["title"], fontsize="medium")
+    ax.set(xlabel="rate: KL(q(z|h) || N(0, I)) (nats)",
            ylabel="held-out distortion: -log q(y|z) (nats)",
            xlim=(-0.1, 4 * entropy_of_y),
            ylim=(0.8 * min(lowest, entropy_of_y), 1.1 * max(lowest, entropy_of_y)))
@@ -377,27 +366,22 @@ def rate_distortion(subject):
     sizes = {"train": n, "validation": max(n // 4, 1), "test": max(n // 2, 1)}
     panels = recall_panels(subject, sizes)
     if subject.reads_plain_text:
-        title = f"Plain text: the next text token\n(within {subject.label})"
+        title = f"Plain text: the next text token, within {subject.label}"
         panels[title] = plain_text_panel(subject, sizes)
     torch.manual_seed(config.seed)
     measured = []
     for title, panel in panels.items():
         measured.append(measure_panel(title, panel, config.bottleneck_seeds,
                                       config.bottleneck_steps, subject.device))
-    figure = Figure(figsize=(6.5 * len(measured), 5.5), layout="constrained")
+    figure = Figure(figsize=(7.5 * len(measured), 5.5), layout="constrained")
     figure.suptitle("Frozen states of the last layer, before ln_f, through trained bottlenecks")
     for ax, panel in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured):
         draw_panel(ax, panel)
 
     said = []
     for panel in measured:
-        title, rate, there = panel["title"], panel["rate"], panel["distortion_at_rate"]
-        values = ", ".join(f"{label} {distortion:.3f}" for label, distortion in there.items())
-        said.append(f"{title.splitlines()[0]}, at rate {rate:.2f}: {values}")
-        panel["title"] = " ".join(title.split())
-    findings = {
-        "theorem": THEOREM, "state": "of the last layer, before ln_f",
-        "betas": BETAS, "seeds": config.bottleneck_seeds,
-        "seeds_are": "of initial weights, noise and order: their range leaves out the choice "
-                     "of examples", "panels": measured}
+        there = panel["distortion_at_rate"].items()
+        values = ", ".join(f"{label} {distortion:.3f}" for label, distortion in there)
+        said.append(f"{panel['title']}, at rate {panel['rate']:.2f}: {values}")
+    findings = {"betas": BETAS, "panels": measured}
     return findings, figure, f"held-out distortion (nats). {'; '.join(said)}"

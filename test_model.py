@@ -2154,13 +2154,13 @@ def test_capture_leaves_the_model_as_it_was():
     assert torch.equal(model(idx)[0], before)
     blocks = [*model.transformer.h]
     with pytest.raises(IndexError):  # of an id beyond the vocabulary; hooks go all the same
-        analyze.inputs_of(model, idx + 99, blocks, zeroed=idx == META)
+        rate_distortion.inputs_of(model, idx + 99, blocks, zeroed=idx == META)
     assert torch.equal(model(idx)[0], before) and not any(b._forward_pre_hooks for b in blocks)
 
 
 def test_zeroing_is_what_no_embed_does():
     model, idx = build(), text_with_meta((4, 7))
-    [(_, x)] = analyze.inputs_of(model, idx, [model.transformer.ln_f], zeroed=idx == META)
+    [(_, x)] = rate_distortion.inputs_of(model, idx, [model.transformer.ln_f], idx == META)
     model.config = replace(model.config, zero_meta_embd=True)
     assert torch.equal(model.lm_head(model.transformer.ln_f(x)), model(idx)[0])
 
@@ -2299,8 +2299,7 @@ def test_sharpening_is_measured_behind_the_first_of_both_kinds(looked_into):
     means = values.double().nanmean(-1).mean((1, 2))
     drop = found["as many text tokens zeroed"]["drop"]
     assert drop["mean"] == pytest.approx(means.mean().item(), abs=1e-6)
-    assert drop["median"] == pytest.approx(values[values.isfinite()].median().item(), abs=1e-3)
-    assert 98 < drop["histogram"]["percent"].sum() <= 100
+    assert 98 < drop["percent"].sum() <= 100
 
 
 def test_a_planted_similarity_is_recovered():
@@ -2361,8 +2360,6 @@ def test_a_planted_loss_is_found_where_it_is(looked_into, monkeypatch):
     analyze.main([*LOOK, "--what=perplexity"])
     figures = result_of("perplexity")
     assert figures["sequences"] == 4 and figures["window"] == 96
-    expected = [(12 * i + 5.5) / 384 for i in range(32)]
-    assert figures["by_position"]["as trained"]["mean"] == pytest.approx(expected, abs=1e-5)
     by_context = figures["by_context"]
     assert list(by_context["as trained"]) == ["24", "48", "96", "192", "384"]
     for length in (96, 192, 384):
@@ -2372,7 +2369,7 @@ def test_a_planted_loss_is_found_where_it_is(looked_into, monkeypatch):
     assert low == pytest.approx(6.5 / 96 - 6.5 / 384, abs=1e-5)
 
 
-def test_analysis_writes_all_its_parts(looked_into, monkeypatch, capsys):
+def test_analysis_writes_all_its_parts(looked_into, capsys):
     analyze.main([*LOOK, "--init_from=out", "--start=def f(self, x): return x"])
     out = capsys.readouterr().out
     assert out.count("\n") == len(analyze.PARTS) + 1
@@ -2393,9 +2390,6 @@ def test_analysis_writes_all_its_parts(looked_into, monkeypatch, capsys):
     assert np.shape(panels[0]["curves"]["out"]["rate"]) == (10, 2)
     assert panels[0]["examples"] == {"train": 24, "validation": 6, "test": 12}
     assert not glob.glob("out/analysis/*.tmp")
-    monkeypatch.setattr(rate_distortion, "final_states",
-                        lambda *_: pytest.fail("features were computed again"))
-    analyze.main([*LOOK, "--what=rate_distortion"])
 
 
 def result_of(name, folder="out/analysis"):
@@ -2435,14 +2429,14 @@ def test_attention_on_meta_tokens_is_measured_behind_the_first(looked_into):
      "the prompt of 1 tokens has no meta-token inside, at meta_rate=0.2"),
     (["--what=attention", f"--start={'x' * 99}"],
      "but a map has room for 96: give a shorter --start="),
-    (["--what=attention", "--meta_rate=0"], "has no meta-token inside, at meta_rate=0.0"),
-    (["--what=rate_distortion", "--compare=out"], "out was not tuned by eval_synthetic.py"),
+    (["--what=attention", "--start=x", "--meta_rate=0"],
+     "has no meta-token inside, at meta_rate=0.0"),
     (["--what=rate_distortion", "--compare=gone.pt"], "no checkpoint gone.pt"),
     (["--what=rate_distortion", "--compare=parity.pt"],
      "is about List Recall in tokens of bytes, but parity was tuned on parity"),
-    (["--what=rate_distortion", "--compare=a.pt,b.pt"], "tuned at different lengths, 96, 192"),
+    (["--what=rate_distortion", "--compare=a.pt,b.pt"], "tuned at different lengths, [96, 192] tokens"),
     (["--what=rate_distortion", "--compare=a.pt,a.pt"],
-     "two models of one name among out, a, a: rename a file"),
+     "two models of one name, a: rename a file"),
     (["--what=rate_distortion", "--train_length=64"], "List Recall needs 83 tokens"),
     (["--what=perplexity", "--block_size=9999"],
      "two sequences of four windows, block_size=9999, take"),
@@ -2463,7 +2457,6 @@ def test_a_checkpoint_without_meta_tokens_has_its_perplexity(workplace):
                text_vocab_size=257)
     analyze.main([*LOOK, "--init_from=plain.pt", "--what=perplexity"])
     figures = result_of("perplexity", "analysis/plain")
-    assert figures["impossible"] == "learned positions end at 96"
     assert list(figures["by_context"]["as trained"]) == ["24", "48", "96"]
 
 
@@ -2512,16 +2505,18 @@ def save_tuned(path, length=96, **changes):
     checkpoint.save(path, torch.load(path) | {"run": run})
 
 
-def test_models_are_compared_on_the_same_examples(looked_into):
+def test_models_are_compared_on_the_same_examples(looked_into, monkeypatch):
+    seen, compute = [], rate_distortion.recall_features
+    monkeypatch.setattr(rate_distortion, "recall_features",
+                        lambda *args: seen.append(compute(*args)) or seen[-1])
     save_tuned("out/a.pt")
     save_tuned("out/b.pt", mark=None)
     shutil.rmtree("data")  # List Recall needs none
     analyze.main([*LOOK, "--init_from=out/a.pt", "--compare=out/b.pt", "--what=rate_distortion"])
     panels = result_of("rate_distortion", "out/analysis/a")["panels"]
     assert list(panels[0]["curves"]) == ["a", "b"]
-    features = [torch.load(path) for path in glob.glob("out/analysis/a/features*")]
-    answers = {str(own["y"].tolist()) for own in features if "answer" in own}
-    assert len(features) == 6 and len(answers) == 3  # each split's are the same for both
+    answers = [str(own["y"].tolist()) for own in seen]
+    assert len(seen) == 6 and len({*answers}) == 3  # each split's are the same for both
 
 
 @pytest.mark.parametrize("placement", ["task", "all"])
@@ -2532,7 +2527,7 @@ def test_states_within_a_prompt_are_taken_at_the_queried_list(monkeypatch, place
     stream = eval_synthetic.Stream("list_recall", placement, 257, "bytes", 0)
     examples = [eval_synthetic.draw(stream, "test", 256, i) for i in range(20)]
     monkeypatch.setattr(eval_synthetic, "draw_split", lambda *_: examples)
-    reader = rate_distortion.Reader(None, "", stream, 256)
+    reader = rate_distortion.Reader(None, "", stream)
     features = rate_distortion.recall_features(reader, "test", 20, 256, "cpu", None)
     for i, e in enumerate(examples):
         text = "".join("#" if token == 257 else chr(token) for token in e.tokens)
