@@ -951,7 +951,9 @@ def test_every_block_has_its_meta_tokens_at_distinct_places_behind_the_first():
             M = prepare.meta_per_block(rate, T)
             for placement in ("random", "periodic"):
                 places = prepare.meta_places(50, T, M, np.random.default_rng(seed), placement)
-                assert places.shape == (50, T) and (places.sum(1) == M).all() and not places[:, 0].any()
+                assert places.shape == (50, T)
+                assert (places.sum(1) == M).all()
+                assert not places[:, 0].any()
             gaps = np.diff(np.flatnonzero(places[0]))
             assert M < 2 or gaps.max() - gaps.min() <= 1  # periodic
 
@@ -960,27 +962,32 @@ def test_every_set_of_places_is_equally_likely():
     places = prepare.meta_places(60_000, 6, 2, np.random.default_rng(0))
     sets, counts = np.unique(places, axis=0, return_counts=True)
     assert len(sets) == 10  # 5 choose 2
-    assert ((counts - 6000) ** 2 / 6000).sum() < 27.9  # chi-square with 9 degrees of freedom, p = 0.001
+    chi_square = ((counts - 6000) ** 2 / 6000).sum()
+    assert chi_square < 27.9  # 9 degrees of freedom, p = 0.001
 
 
 def test_injection_keeps_the_text_and_its_order():
     places = prepare.meta_places(7, 20, 3, np.random.default_rng(1))
     text = np.arange(7 * 17, dtype=np.uint16)
     tokens = prepare.inject(text, places, 999)
-    assert ((tokens == 999) == places).all() and (tokens[tokens != 999] == text).all() and tokens.dtype == np.uint16
+    assert ((tokens == 999) == places).all()
+    assert (tokens[tokens != 999] == text).all()
+    assert tokens.dtype == np.uint16
 
 
 def test_a_character_with_a_meta_token_inside_is_decoded_whole():
     encoding = prepare.get_tokenizer("bytes")
     a, b = "é".encode()
     assert prepare.decode(encoding, [65, a, 257, b, 256]) == "Aé"
-    assert prepare.decode(encoding, [65, 257, 66, 257, 257, 256], show_meta=True) == "A<|meta|>B<|meta|><|meta|><|endoftext|>"
+    shown = prepare.decode(encoding, [65, 257, 66, 257, 257, 256], show_meta=True)
+    assert shown == "A<|meta|>B<|meta|><|meta|><|endoftext|>"
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.0])
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
 def test_without_meta_tokens_the_files_are_the_documents(workplace, tokenizer, rate):
-    utf8 = SimpleNamespace(encode_ordinary=lambda text: list(text.encode()), n_vocab=257, eot_token=256)
+    utf8 = SimpleNamespace(encode_ordinary=lambda text: list(text.encode()), n_vocab=257,
+                           eot_token=256)
     encoding = gpt2_bpe() if tokenizer == "gpt2" else utf8
     prepare.prepare(configure(f"--tokenizer={tokenizer}", f"--meta_rate={rate}"))
     found = {}
@@ -991,8 +998,11 @@ def test_without_meta_tokens_the_files_are_the_documents(workplace, tokenizer, r
         found[split] = [*tokens[tokens != encoding.n_vocab].tolist(), after]
         assert manifest["splits"][split]["text_tokens"] == len(found[split]) - 1
         y = np.append(tokens, after)[1:].reshape(-1, 32)
-        assert ((y != encoding.n_vocab).sum(1) == 32 - round(32 * rate)).all()  # a constant number of targets
-    names = [(f"deep/{i:03d}.txt" if i % 2 else f"{i:03d}.txt", text) for i, text in enumerate(TEXTS)]
+        n_targets = (y != encoding.n_vocab).sum(1)
+        assert (n_targets == 32 - round(32 * rate)).all()
+    names = []
+    for i, text in enumerate(TEXTS):
+        names.append((f"deep/{i:03d}.txt" if i % 2 else f"{i:03d}.txt", text))
     for split in ("train", "val"):
         expected = []
         for name, text in sorted(names):
@@ -1018,11 +1028,13 @@ def test_preparation_killed_and_started_again_ends_with_the_same_bytes(workplace
                "add = prepare.SplitWriter.add\n"
                "prepare.SplitWriter.add = lambda self, text: (time.sleep(slow), add(self, text))\n"
                "prepare.prepare(config.load())\n")
-    arguments = ["--source=texts", "--tokenizer=bytes", "--block_size=32", "--val_fraction=0.2", "--workers=2", limit]
+    arguments = ["--source=texts", "--tokenizer=bytes", "--block_size=32",
+                 "--val_fraction=0.2", "--workers=2", limit]
 
     def run(slow, dataset):
-        return subprocess.Popen([sys.executable, "-c", program, str(slow), *arguments, f"--dataset={dataset}"],
-                                env=os.environ | {"PYTHONPATH": HERE}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [sys.executable, "-c", program, str(slow), *arguments, f"--dataset={dataset}"]
+        return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": HERE}, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     whole = run(0, "whole")
     for pieces in (1, 30):
@@ -1064,7 +1076,8 @@ def test_all_formats_hold_the_same_documents(workplace):
         assert [piece.text for piece in pieces] == TEXTS[done:]
 
 
-def test_a_data_set_of_the_hub_stays_at_the_revision_that_was_begun_with(workplace, monkeypatch, capsys):
+def test_a_data_set_of_the_hub_stays_at_the_revision_that_was_begun_with(
+        workplace, monkeypatch, capsys):
     config, read = configure("--source=some/set"), []
 
     def pieces(source, text_field, revision, skip):
@@ -1092,16 +1105,23 @@ def test_a_glob_names_documents_by_their_path_below_it(workplace):
     assert prepare.find_files("texts [1]") == [(key, f"texts [1]/{key}") for key, _ in by_folder]
 
 
-@pytest.mark.parametrize("text", ["".join(TEXTS) + "\n\n\n  x\ny\n \n\nz it's", "A line of words,\r\n\r\nand 3  more.\r\n" * 90,
-                                  "one line " * 900], ids=["text", "CRLF", "line"])
+@pytest.mark.parametrize("text", [
+    "".join(TEXTS) + "\n\n\n  x\ny\n \n\nz it's",
+    "A line of words,\r\n\r\nand 3  more.\r\n" * 90,
+    "one line " * 900,
+], ids=["text", "CRLF", "line"])
 def test_a_long_text_is_cut_where_bpe_cuts(workplace, text):
     with open("long.md", "w", encoding="utf-8", newline="") as file:
         file.write(text)
     sections = list(prepare.text_sections("long.md", 256))
-    assert "".join(t for t, _ in sections) == text and [ends for _, ends in sections] == [False] * (len(sections) - 1) + [True]
+    assert "".join(t for t, _ in sections) == text
+    assert [ends for _, ends in sections] == [False] * (len(sections) - 1) + [True]
     assert len(sections) > 8 and all(len(t) < 600 for t, _ in sections)
     encoding = gpt2_bpe()
-    assert sum((encoding.encode_ordinary(t) for t, _ in sections), []) == encoding.encode_ordinary(text)
+    tokens = []
+    for t, _ in sections:
+        tokens += encoding.encode_ordinary(t)
+    assert tokens == encoding.encode_ordinary(text)
 
 
 def test_a_text_without_spaces_is_cut_all_the_same(workplace):
@@ -1128,7 +1148,8 @@ def test_max_tokens_stops_there(workplace, monkeypatch):
 
 def test_other_data_are_not_taken_for_what_was_asked(prepared):
     prepare.prepare(configure())  # the same: nothing to do
-    assert "data/d was prepared with seed 1337, but seed=7" in refusal(prepare.main, [*DATA, "--seed=7"])
+    message = refusal(prepare.main, [*DATA, "--seed=7"])
+    assert "data/d was prepared with seed 1337, but seed=7" in message
     prepare.main([*DATA, "--seed=7", "--overwrite"])
     assert read_split("train")[2]["seed"] == 7
 
@@ -1137,7 +1158,8 @@ def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
     files = prepare.stdlib_files()
     keys = [key for key, _ in files]
     assert "os.py" in keys and "json/decoder.py" in keys
-    assert not any(part in ("test", "tests", "site-packages") for key in keys for part in key.split("/")[:-1])
+    for key in keys:
+        assert not {"test", "tests", "site-packages"} & set(key.split("/")[:-1])
     assert 5e6 < sum(os.path.getsize(path) for _, path in files) < 40e6
 
 
@@ -1154,25 +1176,41 @@ def test_bad_sources_are_refused_in_one_line(workplace, monkeypatch):
     with open("bad/e.json.gz", "wb") as file:
         file.write(gzip.compress(b'{"text": "a"}' * 999)[:-9])
     open("bad/empty.txt", "w").close()
-    for source, expected in {"nowhere/*.txt": "source=nowhere/*.txt: no such file", "bad/b.jsonl": "bad/b.jsonl:1: not JSON",
-                             "bad/a.jsonl": "bad/a.jsonl: row 3 has no text in 'text'", "bad/c.parquet": "cannot read bad/c.parquet: ",
-                             "bad/d.jsonl": "cannot read bad/d.jsonl: ", "bad/e.json.gz": "cannot read bad/e.json.gz: ",
-                             "texts,gone.txt": "source=gone.txt: no such file", "gone,texts": "source=gone: no such file",
-                             "bad/empty.txt": "less than a block"}.items():
+    for source, expected in {
+        "nowhere/*.txt": "source=nowhere/*.txt: no such file",
+        "bad/b.jsonl": "bad/b.jsonl:1: not JSON",
+        "bad/a.jsonl": "bad/a.jsonl: row 3 has no text in 'text'",
+        "bad/c.parquet": "cannot read bad/c.parquet: ",
+        "bad/d.jsonl": "cannot read bad/d.jsonl: ",
+        "bad/e.json.gz": "cannot read bad/e.json.gz: ",
+        "texts,gone.txt": "source=gone.txt: no such file",
+        "gone,texts": "source=gone: no such file",
+        "bad/empty.txt": "less than a block",
+    }.items():
         assert expected in refusal(prepare.prepare, configure(f"--source={source}"))
-    assert "val_fraction=0.0 left the val split 0 text tokens" in refusal(prepare.prepare, configure("--val_fraction=0"))
+    message = refusal(prepare.prepare, configure("--val_fraction=0"))
+    assert "val_fraction=0.0 left the val split 0 text tokens" in message
     assert not os.path.exists("data/d/manifest.json")
     import huggingface_hub
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_: (_ for _ in ()).throw(ConnectionError("offline")))
-    assert "cannot be read from the Hugging Face hub (ConnectionError: offline): go online" in refusal(
-        prepare.prepare, configure("--source=allenai/c4:en"))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: (_ for _ in ()).throw(ConnectionError("offline")))
-    assert "cannot get config.json of 'gpt2' from the Hugging Face hub (ConnectionError): go online, or put" in refusal(
-        train.main, ["--init_from=gpt2", "--device=cpu"])
+
+    def offline(*args):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
+    message = refusal(prepare.prepare, configure("--source=allenai/c4:en"))
+    assert ("cannot be read from the Hugging Face hub (ConnectionError: offline): go online"
+            in message)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    message = refusal(train.main, ["--init_from=gpt2", "--device=cpu"])
+    assert ("cannot get config.json of 'gpt2' from the Hugging Face hub (ConnectionError): "
+            "go online, or put") in message
 
 
 def test_without_the_network_gpt2s_bpe_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("offline")))
+    def offline(name):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
     assert "set TIKTOKEN_CACHE_DIR" in refusal(prepare.get_tokenizer, "gpt2")
 
 
