@@ -2963,3 +2963,54 @@ def test_a_refusal_is_one_line_and_a_non_zero_exit(tmp_path):
         assert result.returncode == 1 and result.stdout == ""
         assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
         assert not os.listdir(tmp_path)
+
+
+# --------------------------------------------------------------------------------------
+# bench.py
+
+@pytest.mark.parametrize("changes", [{}, {"pos": "absolute"}, {"zero_meta_pos": True}])
+def test_gathered_meta_tokens_compute_what_the_dense_mask_does(changes):
+    model = build(**changes)
+    dense = bench.DenseGPT(model.config).double()
+    dense.load_state_dict(model.state_dict())
+    idx = text_with_meta([5, 1, 0, 24])
+    expected = dense.hidden_states(idx)
+    assert torch.allclose(model.hidden_states(idx), expected, rtol=0, atol=1e-12)
+    without = build(meta_attention=False, **changes)
+    without.load_state_dict(model.state_dict(), strict=False)
+    assert not torch.allclose(without.hidden_states(idx), expected, atol=1e-3)
+
+
+def test_all_logits_at_once_give_the_loss_that_chunks_do():
+    model = build(meta_id=None, meta_attention=False, pos="absolute")
+    x, y = text_with_meta([0, 0]), text_with_meta([0, 0], seed=1)
+    y[0, :7] = -1
+    assert torch.allclose(bench.all_logits_loss(model, x, y, 0), model(x, y)[1], rtol=1e-12)
+
+
+def test_the_benchmark_writes_a_row_for_each_variant(workplace, capsys):
+    sizes = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=40", "--batch_size=2"]
+    bench.main([*sizes, "--what=training,meta", "--device=cpu", "--dtype=float32"])
+    printed = capsys.readouterr().out
+    with open("results/bench_cpu_training_meta.json") as file:
+        rows = json.load(file)["rows"]
+    variants = {row["variant"]: row for row in rows}
+    assert list(variants) == [
+        "GPT-2 as nanoGPT, micro-batch 2", "GPT-2, micro-batch 2", "Meta+RoPE, micro-batch 2",
+        "no meta-attention", "meta-attention", "meta-attention by a dense mask"]
+    assert all(name in printed for name in variants)
+    base, dense = variants["no meta-attention"], variants["meta-attention by a dense mask"]
+    assert base["speedup"] == 1 and base["tokens_per_s"] == 2 * 40 / base["seconds"]
+    assert dense["time_ratio"] == pytest.approx(dense["seconds"] / base["seconds"])
+    assert not os.path.exists("results/bench_cpu_training_meta.json.part")
+
+
+def test_the_benchmark_of_a_gpu_is_not_run_on_a_cpu_by_mistake(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert "the device is cpu" in refusal(bench.main, ["--gpu"])
+
+
+def test_the_benchmark_counts_text_tokens_alone():
+    assert bench.draw(build(), 6, prompt=3, batch=2, meta_rate=0.3) == (12, 0)
+    assert bench.draw_as_nanogpt(build(), 6, Machine("cpu", "float32")) == (6, 0)
