@@ -4,8 +4,10 @@
     python bench.py --gpu                   # GPT-2's size, within 4 minutes of a GPU
     python bench.py --what=meta,generation  # these parts alone
 
-"As nanoGPT" is GPT-2 with learned positions and all logits at once, which computes the
-whole context again for each token it generates; on a CPU it is eager and in float32.
+Parts: training, meta (what meta-attention costs), generation, memory (on CUDA) and
+preparation (without --gpu). "As nanoGPT" is GPT-2 with learned positions and all logits
+at once, which computes the whole context again for each token it generates; on a CPU it
+is eager and in float32.
 
 The rows of a group take turns, so that whatever slows the machine slows them all. Each
 reports its best round, since disturbances only add time, and its spread: how far the
@@ -337,7 +339,10 @@ def main(argv=None):
           f"torch {torch.__version__}; {shape.n_layer} layers of width {shape.n_embd}")
     if machine.compile:
         torch._dynamo.config.recompile_limit = 64  # of one function, by several models
-        compile_ahead([step for name in names for step in steps.get(name, {}).values()], config)
+        ahead = []
+        for name in names:
+            ahead += steps.get(name, {}).values()
+        compile_ahead(ahead, config)
     print(f"{'':<51} seconds    tokens/s    speed     time spread     GB    MFU")
     os.makedirs("results", exist_ok=True)
     for name in names:
