@@ -25,7 +25,6 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
@@ -134,36 +133,28 @@ class Piece(NamedTuple):
     ends: bool   # whether the document ends here
 
 
-class Source(NamedTuple):
-    version: str        # which Python, which files, or which revision
-    bytes: int | None   # on the disk, if known
-    pieces: Iterator
-
-
-class SourceError(ValueError):
+class SourceError(Exception):
     """A source that cannot be read. The message is one line for people."""
 
 
 def open_source(name, text_field, begun):
-    """The Source of 'stdlib', of local files, or of a data set on the Hugging Face hub.
+    """(version, pieces) of 'stdlib', of local files, or of a data set on the hub.
 
-    Skip the pieces that are done, and stay at the revision of the hub, if `begun` (a
-    progress.json) says that this source was begun with.
+    Skip the pieces that `begun` (a progress.json) counts. Stay at its revision.
     """
-    files = stdlib_files() if name == "stdlib" else find_files(name)
     done = begun.get("pieces", 0)
-    if not files:
-        there = begun.get("of", {})
-        same = there.get("source") == name
-        revision = there["source_version"] if same else newest_revision(name)
-        return Source(revision, None, hub_pieces(name, text_field, revision, done))
-    sizes = [os.path.getsize(path) for _, path in files]
-    listing = "".join(f"{key} {size}\n" for (key, _), size in zip(files, sizes))
-    version = f"{len(files)} files, sha256 of names and sizes {sha256(listing.encode())[:16]}"
     if name == "stdlib":
-        version = f"Python {platform.python_version()}"
-    pieces = itertools.islice(file_pieces(files, text_field), done, None)
-    return Source(version, sum(sizes), pieces)
+        version, files = f"Python {platform.python_version()}", stdlib_files()
+    elif is_on_hub(name):
+        revision = begun["of"]["source_version"] if begun else newest_revision(name)
+        rows = enumerate(hub_rows(name, revision, done), done + 1)
+        return revision, row_pieces(rows, text_field, name)
+    else:
+        files = find_files(name)
+        listing = "".join(f"{key} {os.path.getsize(path)}\n" for key, path in files)
+        digest = sha256(listing.encode())[:16]
+        version = f"{len(files)} files, sha256 of names and sizes {digest}"
+    return version, itertools.islice(file_pieces(files, text_field), done, None)
 
 
 def stdlib_files():
@@ -174,18 +165,15 @@ def stdlib_files():
 
 
 def find_files(source):
-    """(key, path) of local files; [] if the source may be a data set on the hub."""
+    """(key, path) of comma-separated files, folders and globs."""
     files = []
-    patterns = [os.path.expanduser(pattern) for pattern in source.split(",") if pattern]
-    for pattern in patterns:
+    for pattern in map(os.path.expanduser, source.split(",")):
         exists = os.path.exists(pattern)  # brackets may be part of a name
         found = [pattern] if exists else sorted(glob.glob(pattern, recursive=True))
-        if "**" in pattern and not exists:  # it finds folders and what is in them
+        if "**" in pattern:  # it finds folders and what is in them
             found = filter(os.path.isfile, found)
         paths = [path for place in found for _, path in files_below(place, ENDINGS)]
-        is_path = (exists or pattern.startswith((".", "/")) or glob.has_magic(pattern)
-                   or pattern.endswith(ENDINGS))
-        if not paths and (is_path or len(patterns) > 1):
+        if not paths:
             raise SourceError(f"source={pattern}: no such file, or nothing that ends in "
                               f"{', '.join(ENDINGS)}")
         root = pattern if exists else re.split(r"[*?[]", pattern)[0]
@@ -195,23 +183,17 @@ def find_files(source):
 
 
 def files_below(root, endings):
-    """(key, path) of a file, or of a folder's files in the order of their keys."""
-    if os.path.isfile(root):
-        return [(os.path.basename(root), root)] if root.endswith(endings) else []
-    files = []
+    """(key, path) of a folder's files, or of one file, in the order of their keys."""
+    paths = [root] if os.path.isfile(root) else []
     for folder, _, names in os.walk(root):
-        paths = [os.path.join(folder, name) for name in names if name.endswith(endings)]
-        files += [(key_of(path, root), path) for path in paths]
-    return sorted(files)
+        paths += [os.path.join(folder, name) for name in names]
+    return sorted((key_of(path, root), path) for path in paths if path.endswith(endings))
 
 
 def key_of(path, root):
     """A document's name wherever the corpus lies: its path below the root, with /."""
     return os.path.relpath(path, root).replace(os.sep, "/")
 
-
-# --------------------------------------------------------------------------------------
-# Reading
 
 def file_pieces(files, text_field):
     """The pieces of text files, each a document, and of tables of documents."""
@@ -222,18 +204,11 @@ def file_pieces(files, text_field):
                 sections = text_sections(path, SECTION_CHARS if lone else BATCH_CHARS)
                 for number, (text, ends) in enumerate(sections):
                     yield Piece(f"{key}#{number}" if lone else key, text, ends)
-            elif path.endswith(".parquet"):
-                yield from row_pieces(parquet_rows(path, text_field), text_field, path)
             else:
-                yield from row_pieces(json_rows(path), text_field, path)
-        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
-            raise SourceError(f"cannot read {path}: {e}") from None
-
-
-def open_text(path, errors="strict"):
-    """A file of UTF-8, compressed or not, with its line ends as they are."""
-    open_file = gzip.open if path.endswith(".gz") else open
-    return open_file(path, "rt", encoding="utf-8", errors=errors, newline="")
+                read_rows = parquet_rows if path.endswith(".parquet") else json_rows
+                yield from row_pieces(read_rows(path, text_field), text_field, path)
+        except (OSError, EOFError, ValueError, zlib.error) as e:
+            raise SourceError(f"cannot read {path}: {str(e).splitlines()[0]}") from None
 
 
 def text_sections(path, size):
@@ -242,7 +217,7 @@ def text_sections(path, size):
     A section ends before a single space between two words, where BPE cuts as well. In a
     text without any it ends wherever the size says.
     """
-    with open_text(path, errors="replace") as file:
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
         rest = file.read(size)
         while more := file.read(size):
             up_to_last_word = re.match(r".*\S(?= \S)", rest, re.DOTALL)
@@ -252,9 +227,10 @@ def text_sections(path, size):
         yield rest, True
 
 
-def json_rows(path):
+def json_rows(path, text_field):
     """(line number, row) of every line that is not blank."""
-    with open_text(path) as file:
+    open_file = gzip.open if path.endswith(".gz") else open
+    with open_file(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 if not line.isspace():
@@ -265,16 +241,10 @@ def json_rows(path):
 
 def parquet_rows(path, text_field):
     """(number, row) of every row, which holds only the column text_field."""
-    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
-    try:
-        file = ParquetFile(path)
-        columns = [text_field] if text_field in file.schema_arrow.names else []
-        batches = file.iter_batches(batch_size=1000, columns=columns)
-        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        yield from enumerate(rows, 1)
-    except ArrowException as e:
-        raise SourceError(f"cannot read {path}: {str(e).splitlines()[0]}") from None
+    batches = ParquetFile(path).iter_batches(batch_size=1000, columns=[text_field])
+    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    return enumerate(rows, 1)
 
 
 def row_pieces(rows, text_field, where):
@@ -287,14 +257,19 @@ def row_pieces(rows, text_field, where):
         yield Piece(text, text, True)
 
 
-def hub_pieces(source, text_field, revision, skip):
-    """The pieces of a data set on the hub behind the first `skip`, streamed."""
+def is_on_hub(source):
+    """Whether this is a name on the Hugging Face hub, as allenai/c4:en, and no path."""
+    is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:.+)?", source)
+    return is_name and not source.endswith(ENDINGS) and not os.path.exists(source)
+
+
+def hub_rows(source, revision, skip):
+    """The rows of a data set on the hub behind the first `skip`, streamed."""
     name, _, configuration = source.partition(":")
     with hub_errors(source):
         from datasets import load_dataset
-        rows = load_dataset(name, configuration or None, split="train", streaming=True,
-                            revision=revision)
-        yield from row_pieces(enumerate(rows.skip(skip), skip + 1), text_field, source)
+        yield from load_dataset(name, configuration or None, split="train", streaming=True,
+                                revision=revision).skip(skip)
 
 
 def newest_revision(source):
@@ -307,8 +282,6 @@ def newest_revision(source):
 def hub_errors(source):
     try:
         yield
-    except SourceError:
-        raise
     except Exception as e:  # offline, unknown, private, not installed, a broken stream ...
         reason = f"{type(e).__name__}: {str(e)[:100]}".splitlines()[0]
         raise SourceError(f"source={source}: cannot be read from the Hugging Face hub "
@@ -386,14 +359,21 @@ def cores():
 class SplitWriter:
     """Cuts one split's text into blocks, injects the meta-tokens and writes shards."""
 
-    def __init__(self, folder, split, recipe):
+    def __init__(self, folder, split, recipe, state):
+        """Go on from a state, and forget what was written after it."""
         self.folder, self.split, self.recipe = folder, split, recipe
         self.block_size = recipe["block_size"]
         self.text_per_block = self.block_size - recipe["meta_per_block"]
         self.blocks_per_shard = max(SHARD_TOKENS // self.block_size, 1)
-        self.blocks, self.shards, self.file = 0, [], None  # in all; finished ones; open one
-        self.rest = np.empty(0, DTYPE)                     # text that is no whole block yet
-        self.group, self.places = None, None
+        self.blocks = state["blocks"]                # in all
+        self.shards = state["shards"]                # the finished ones
+        self.rest = np.array(state["rest"], DTYPE)   # text that is no whole block yet
+        self.places = []                             # of the next blocks, up to a group's end
+        self.file = None                             # the shard that is being written
+        if blocks := self.blocks % self.blocks_per_shard:
+            self.file = open(self.path(), "r+b")
+            self.file.truncate(blocks * self.block_size * DTYPE.itemsize)
+            self.file.seek(0, os.SEEK_END)
 
     def state(self):
         """How far we are, with everything up to there safe on the disk."""
@@ -401,41 +381,31 @@ class SplitWriter:
             flush(self.file)
         return {"shards": self.shards, "blocks": self.blocks, "rest": self.rest.tolist()}
 
-    def resume(self, state):
-        """Go on from a state, and forget what was written after it."""
-        self.shards, self.blocks = state["shards"], state["blocks"]
-        self.rest = np.array(state["rest"], DTYPE)
-        if blocks := self.blocks % self.blocks_per_shard:
-            self.file = open(self.path(), "r+b")
-            self.file.truncate(blocks * self.block_size * DTYPE.itemsize)
-            self.file.seek(0, os.SEEK_END)
-
     def path(self):
-        """Of the shard that is being written."""
         return f"{self.folder}/{self.split}_{len(self.shards):05d}.bin"
 
     def add(self, text):
         """Write the blocks that there is text for. One token stays for end_shard."""
         self.rest = np.concatenate([self.rest, text])
         while len(self.rest) > self.text_per_block:
-            places = self.next_places()[:(len(self.rest) - 1) // self.text_per_block]
-            text, self.rest = np.split(self.rest, [len(places) * self.text_per_block])
+            if len(self.places) == 0:
+                self.places = self.draw_places()
+            left_in_shard = self.blocks_per_shard - self.blocks % self.blocks_per_shard
+            n = min((len(self.rest) - 1) // self.text_per_block, len(self.places), left_in_shard)
+            text, self.rest = np.split(self.rest, [n * self.text_per_block])
+            places, self.places = np.split(self.places, [n])
             self.file = self.file or open(self.path(), "wb")
             self.file.write(inject(text, places, self.recipe["meta_id"]).tobytes())
-            self.blocks += len(places)
-            if self.blocks % self.blocks_per_shard == 0:
+            self.blocks += n
+            if n == left_in_shard:
                 self.end_shard()
 
-    def next_places(self):
-        """The places in the next blocks, up to the end of a group or of the shard."""
+    def draw_places(self):
+        """The places in the next blocks, up to the end of their group."""
         group, row = divmod(self.blocks, GROUP)
-        if group != self.group:
-            self.group = group
-            rng = np.random.default_rng([self.recipe["seed"], SPLITS.index(self.split), group])
-            self.places = meta_places(GROUP, self.block_size, self.recipe["meta_per_block"], rng,
-                                      self.recipe["meta_placement"])
-        left_in_shard = self.blocks_per_shard - self.blocks % self.blocks_per_shard
-        return self.places[row:row + left_in_shard]
+        rng = np.random.default_rng([self.recipe["seed"], SPLITS.index(self.split), group])
+        return meta_places(GROUP, self.block_size, self.recipe["meta_per_block"], rng,
+                           self.recipe["meta_placement"])[row:]
 
     def end_shard(self):
         self.file.write(self.rest[:1].tobytes())  # the copy of the next block's first token
@@ -458,52 +428,42 @@ class SplitWriter:
 class Preparation:
     """A data set that is being written, and how far its source has been read."""
 
-    def __init__(self, folder, recipe):
-        self.folder, self.recipe = folder, recipe
-        self.limit = recipe["max_tokens"] or sys.maxsize
-        self.writers = {split: SplitWriter(folder, split, recipe) for split in SPLITS}
-        self.done = {"pieces": 0, "documents": 0, "chars": 0, "tokens": 0}
+    def __init__(self, folder, progress):
+        self.folder, self.recipe = folder, progress["of"]
+        self.done = {name: progress[name] for name in ("pieces", "documents", "tokens")}
+        self.writers = {split: SplitWriter(folder, split, self.recipe, progress[split])
+                        for split in SPLITS}
 
     def save(self):
         states = {split: writer.state() for split, writer in self.writers.items()}
         write_json(f"{self.folder}/progress.json", {"of": self.recipe} | self.done | states)
 
-    def resume(self, saved):
-        self.done = {name: saved[name] for name in self.done}
-        for split, writer in self.writers.items():
-            writer.resume(saved[split])
-        print(f"going on behind {saved['documents']:,} documents, {saved['tokens']:,} text tokens")
-
-    def run(self, source, tokenise, workers):
+    def run(self, pieces, tokenise, workers):
         """Read on, to the end of the source or to max_tokens, and save now and then."""
+        limit = self.recipe["max_tokens"] or sys.maxsize
         bar = tqdm(desc=f"preparing {self.folder}", unit=" tokens", unit_scale=True,
                    initial=self.done["tokens"], total=self.recipe["max_tokens"] or None)
         saved_at = time.monotonic()
         with ThreadPoolExecutor(workers) as pool, bar:
-            batches = batches_of(source.pieces)
+            batches = batches_of(pieces)
             for batch, tokens in ordered_map(pool, tokenise, batches, ahead=2 * workers + 1):
-                self.add(batch, tokens)
-                if source.bytes and not self.recipe["max_tokens"]:
-                    tokens_per_char = self.done["tokens"] / max(self.done["chars"], 1)
-                    bar.total = max(self.done["tokens"], round(tokens_per_char * source.bytes))
+                self.add(batch, tokens, limit)
                 bar.update(self.done["tokens"] - bar.n)
-                if self.done["tokens"] >= self.limit:
+                if self.done["tokens"] >= limit:
                     break
                 if time.monotonic() - saved_at > SAVE_SECONDS:
                     self.save()
                     saved_at = time.monotonic()
-            bar.total = self.done["tokens"]
 
-    def add(self, batch, tokens):
-        """Write a batch: all validation text, and training text up to max_tokens."""
-        room = max(self.limit - self.done["tokens"] - len(tokens["val"]), 0)
+    def add(self, batch, tokens, limit):
+        """Write a batch: all validation text, and training text up to the limit."""
+        room = max(limit - self.done["tokens"] - len(tokens["val"]), 0)
         tokens["train"] = tokens["train"][:room]
         for split, writer in self.writers.items():
             writer.add(tokens[split])
             self.done["tokens"] += len(tokens[split])
         self.done["pieces"] += len(batch)
         self.done["documents"] += sum(piece.ends for piece in batch)
-        self.done["chars"] += sum(len(piece.text) for piece in batch)
 
     def finish(self):
         """Complete the data set: write its manifest. Raise if a split is empty."""
@@ -518,41 +478,46 @@ class Preparation:
         write_json(f"{self.folder}/manifest.json", manifest)
         with suppress(FileNotFoundError):
             os.remove(f"{self.folder}/progress.json")
-        counts = [f"{part['tokens']:,} {split} tokens ({part['text_tokens']:,} text)"
-                  for split, part in splits.items()]
-        print(f"{self.folder}: {', '.join(counts)}")
+        print(f"{self.folder}: {splits['train']['tokens']:,} tokens to train on, "
+              f"{splits['val']['tokens']:,} to validate on")
 
 
 def prepare(config):
     """Write data/<dataset>/ unless it is there. Raise SystemExit with one line."""
     folder = folder_of(config.dataset)
-    again = "the same command without --overwrite" if config.overwrite else "the same command"
-    begun = read_begun(config)
+    again = "the same command, without --overwrite, goes on from here"
+    progress = read_begun(config)
     try:
         encoding = get_tokenizer(config.tokenizer)
-        source = open_source(config.source, config.text_field, begun)
-        recipe = recipe_of(config, encoding, source.version)
-        if begun:
-            check_same(config, begun["of"], recipe)
-        if os.path.exists(f"{folder}/manifest.json") and not config.overwrite:
-            print(f"{folder} is prepared already")
-            return
-        preparation = Preparation(folder, recipe)
-        if begun:
-            preparation.resume(begun)
+        version, pieces = open_source(config.source, config.text_field, progress)
+        recipe = recipe_of(config, encoding, version)
+        if progress:
+            check_same(config, progress["of"], recipe)
+            if "splits" in progress["of"]:
+                print(f"{folder} is prepared already")
+                return
+            print(f"going on behind {progress['documents']:,} documents")
         else:
             os.makedirs(folder, exist_ok=True)
             remove_our_files(folder)
-        preparation.run(source, Tokeniser(encoding, config.val_fraction),
+            progress = nothing_done(recipe)
+        preparation = Preparation(folder, progress)
+        preparation.run(pieces, Tokeniser(encoding, config.val_fraction),
                         config.workers or cores())
         preparation.finish()
     except SourceError as e:
         raise config.error(e) from None
     except KeyboardInterrupt:
-        raise SystemExit(f"\ninterrupted; {again} goes on from here") from None
+        raise SystemExit(f"\ninterrupted; {again}") from None
     except OSError as e:
         raise SystemExit(f"error: cannot write {folder}: {e.strerror}; make room, "
-                         f"and {again} goes on from here") from None
+                         f"and {again}") from None
+
+
+def nothing_done(recipe):
+    """The progress.json of a preparation that begins."""
+    states = {split: {"shards": [], "blocks": 0, "rest": []} for split in SPLITS}
+    return {"of": recipe, "pieces": 0, "documents": 0, "tokens": 0, **states}
 
 
 def recipe_of(config, encoding, source_version):
