@@ -51,17 +51,15 @@ ENDINGS = (*PLAIN_TEXT, ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 
 def main(argv=None):
     config = settings.load(argv, (settings.Data, settings.Preparation), __doc__)
-    if not config.verify:
+    if config.verify:
+        verify(config, read_manifest(config))
+        print(f"{folder_of(config.dataset)}: checksums match")
+    else:
         prepare(config)
-        return
-    manifest = read_manifest(config)
-    verify(config, manifest)
-    n_shards = sum(len(split["shards"]) for split in manifest["splits"].values())
-    print(f"{folder_of(config.dataset)}: {n_shards} shards, checksums match")
 
 
 # --------------------------------------------------------------------------------------
-# Tokenizers
+# Tokens, and meta-tokens among them (paper, section 3)
 
 def get_tokenizer(name):
     """'gpt2' or 'bytes' as a tiktoken.Encoding. The meta-token's id is its n_vocab."""
@@ -88,9 +86,6 @@ def decode(encoding, tokens, show_meta=False):
         text += name * len(run) if name else encoding.decode(run)
     return text
 
-
-# --------------------------------------------------------------------------------------
-# Injection (paper, section 3)
 
 def meta_per_block(meta_rate, block_size):
     """M = round(k T)."""
@@ -318,7 +313,6 @@ class Tokeniser(threading.local):
 
 
 def split_of(key, val_fraction):
-    """'train' or 'val', by the hash of the key."""
     digest = hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest()
     return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
 
@@ -359,8 +353,9 @@ def cores():
 class SplitWriter:
     """Cuts one split's text into blocks, injects the meta-tokens and writes shards."""
 
-    def __init__(self, folder, split, recipe, state):
+    def __init__(self, folder, split, recipe, state=None):
         """Go on from a state, and forget what was written after it."""
+        state = state or {"shards": [], "blocks": 0, "rest": []}
         self.folder, self.split, self.recipe = folder, split, recipe
         self.block_size = recipe["block_size"]
         self.text_per_block = self.block_size - recipe["meta_per_block"]
@@ -369,20 +364,21 @@ class SplitWriter:
         self.shards = state["shards"]                # the finished ones
         self.rest = np.array(state["rest"], DTYPE)   # text that is no whole block yet
         self.places = []                             # of the next blocks, up to a group's end
-        self.file = None                             # the shard that is being written
-        if blocks := self.blocks % self.blocks_per_shard:
-            self.file = open(self.path(), "r+b")
-            self.file.truncate(blocks * self.block_size * DTYPE.itemsize)
-            self.file.seek(0, os.SEEK_END)
+        if self.in_shard():
+            os.truncate(self.path(), self.in_shard() * self.block_size * DTYPE.itemsize)
 
-    def state(self):
-        """How far we are, with everything up to there safe on the disk."""
-        if self.file:
-            flush(self.file)
-        return {"shards": self.shards, "blocks": self.blocks, "rest": self.rest.tolist()}
+    def in_shard(self):
+        """The number of blocks in the shard that is being written."""
+        return self.blocks % self.blocks_per_shard
 
     def path(self):
         return f"{self.folder}/{self.split}_{len(self.shards):05d}.bin"
+
+    def state(self):
+        """How far we are, with everything up to there safe on the disk."""
+        if self.in_shard():
+            flush(self.path())
+        return {"shards": self.shards, "blocks": self.blocks, "rest": self.rest.tolist()}
 
     def add(self, text):
         """Write the blocks that there is text for. One token stays for end_shard."""
@@ -390,14 +386,14 @@ class SplitWriter:
         while len(self.rest) > self.text_per_block:
             if len(self.places) == 0:
                 self.places = self.draw_places()
-            left_in_shard = self.blocks_per_shard - self.blocks % self.blocks_per_shard
-            n = min((len(self.rest) - 1) // self.text_per_block, len(self.places), left_in_shard)
+            left = self.blocks_per_shard - self.in_shard()
+            n = min((len(self.rest) - 1) // self.text_per_block, len(self.places), left)
             text, self.rest = np.split(self.rest, [n * self.text_per_block])
             places, self.places = np.split(self.places, [n])
-            self.file = self.file or open(self.path(), "wb")
-            self.file.write(inject(text, places, self.recipe["meta_id"]).tobytes())
+            with open(self.path(), "ab" if self.in_shard() else "wb") as file:
+                file.write(inject(text, places, self.recipe["meta_id"]).tobytes())
             self.blocks += n
-            if n == left_in_shard:
+            if n == left:
                 self.end_shard()
 
     def draw_places(self):
@@ -408,85 +404,28 @@ class SplitWriter:
                            self.recipe["meta_placement"])[row:]
 
     def end_shard(self):
-        self.file.write(self.rest[:1].tobytes())  # the copy of the next block's first token
-        flush(self.file)
-        self.file.close()
-        self.file, path = None, self.path()
+        path = self.path()
+        with open(path, "ab") as file:
+            file.write(self.rest[:1].tobytes())  # the copy of the next block's first token
+        flush(path)
         size = os.path.getsize(path)
         self.shards.append({"file": os.path.basename(path), "tokens": size // DTYPE.itemsize,
                             "bytes": size, "sha256": sha256_of(path)})
 
     def close(self):
         """End the last shard; return this split's part of the manifest."""
-        if self.file:
+        if self.in_shard():
             self.end_shard()
         return {"blocks": self.blocks, "tokens": self.blocks * self.block_size,
                 "text_tokens": self.blocks * self.text_per_block,
                 "dropped_text_tokens": len(self.rest), "shards": self.shards}
 
 
-class Preparation:
-    """A data set that is being written, and how far its source has been read."""
-
-    def __init__(self, folder, progress):
-        self.folder, self.recipe = folder, progress["of"]
-        self.done = {name: progress[name] for name in ("pieces", "documents", "tokens")}
-        self.writers = {split: SplitWriter(folder, split, self.recipe, progress[split])
-                        for split in SPLITS}
-
-    def save(self):
-        states = {split: writer.state() for split, writer in self.writers.items()}
-        write_json(f"{self.folder}/progress.json", {"of": self.recipe} | self.done | states)
-
-    def run(self, pieces, tokenise, workers):
-        """Read on, to the end of the source or to max_tokens, and save now and then."""
-        limit = self.recipe["max_tokens"] or sys.maxsize
-        bar = tqdm(desc=f"preparing {self.folder}", unit=" tokens", unit_scale=True,
-                   initial=self.done["tokens"], total=self.recipe["max_tokens"] or None)
-        saved_at = time.monotonic()
-        with ThreadPoolExecutor(workers) as pool, bar:
-            batches = batches_of(pieces)
-            for batch, tokens in ordered_map(pool, tokenise, batches, ahead=2 * workers + 1):
-                self.add(batch, tokens, limit)
-                bar.update(self.done["tokens"] - bar.n)
-                if self.done["tokens"] >= limit:
-                    break
-                if time.monotonic() - saved_at > SAVE_SECONDS:
-                    self.save()
-                    saved_at = time.monotonic()
-
-    def add(self, batch, tokens, limit):
-        """Write a batch: all validation text, and training text up to the limit."""
-        room = max(limit - self.done["tokens"] - len(tokens["val"]), 0)
-        tokens["train"] = tokens["train"][:room]
-        for split, writer in self.writers.items():
-            writer.add(tokens[split])
-            self.done["tokens"] += len(tokens[split])
-        self.done["pieces"] += len(batch)
-        self.done["documents"] += sum(piece.ends for piece in batch)
-
-    def finish(self):
-        """Complete the data set: write its manifest. Raise if a split is empty."""
-        splits = {split: writer.close() for split, writer in self.writers.items()}
-        for split, part in splits.items():
-            if part["blocks"] == 0:
-                raise SourceError(
-                    f"val_fraction={self.recipe['val_fraction']} left the {split} split "
-                    f"{part['dropped_text_tokens']} text tokens of {self.done['documents']} "
-                    f"documents, less than a block of block_size={self.recipe['block_size']}")
-        manifest = self.recipe | {"documents": self.done["documents"], "splits": splits}
-        write_json(f"{self.folder}/manifest.json", manifest)
-        with suppress(FileNotFoundError):
-            os.remove(f"{self.folder}/progress.json")
-        print(f"{self.folder}: {splits['train']['tokens']:,} tokens to train on, "
-              f"{splits['val']['tokens']:,} to validate on")
-
-
 def prepare(config):
     """Write data/<dataset>/ unless it is there. Raise SystemExit with one line."""
     folder = folder_of(config.dataset)
-    again = "the same command, without --overwrite, goes on from here"
-    progress = read_begun(config)
+    again = "the same command without --overwrite" if config.overwrite else "the same command"
+    progress = read_progress(config)
     try:
         encoding = get_tokenizer(config.tokenizer)
         version, pieces = open_source(config.source, config.text_field, progress)
@@ -499,25 +438,66 @@ def prepare(config):
             print(f"going on behind {progress['documents']:,} documents")
         else:
             os.makedirs(folder, exist_ok=True)
-            remove_our_files(folder)
-            progress = nothing_done(recipe)
-        preparation = Preparation(folder, progress)
-        preparation.run(pieces, Tokeniser(encoding, config.val_fraction),
-                        config.workers or cores())
-        preparation.finish()
+            for name in sorted(os.listdir(folder)):  # what is left of an older preparation
+                if re.fullmatch(r"manifest\.json|progress\.json|(train|val)_.*\.bin", name):
+                    os.remove(os.path.join(folder, name))
+            progress = {"of": recipe, "pieces": 0, "documents": 0, "tokens": 0}
+        tokenise = Tokeniser(encoding, config.val_fraction)
+        splits = write_shards(folder, progress, pieces, tokenise, config.workers or cores())
+        write_manifest(folder, recipe, progress["documents"], splits)
     except SourceError as e:
         raise config.error(e) from None
     except KeyboardInterrupt:
-        raise SystemExit(f"\ninterrupted; {again}") from None
+        raise SystemExit(f"\ninterrupted; {again} goes on from here") from None
     except OSError as e:
         raise SystemExit(f"error: cannot write {folder}: {e.strerror}; make room, "
-                         f"and {again}") from None
+                         f"and {again} goes on from here") from None
 
 
-def nothing_done(recipe):
-    """The progress.json of a preparation that begins."""
-    states = {split: {"shards": [], "blocks": 0, "rest": []} for split in SPLITS}
-    return {"of": recipe, "pieces": 0, "documents": 0, "tokens": 0, **states}
+def write_shards(folder, progress, pieces, tokenise, workers):
+    """Write the pieces, up to max_tokens; return the manifest's part on each split.
+
+    Counts in `progress`, and saves it now and then.
+    """
+    recipe = progress["of"]
+    writers = {split: SplitWriter(folder, split, recipe, progress.get(split)) for split in SPLITS}
+    limit = recipe["max_tokens"] or sys.maxsize
+    bar = tqdm(desc=f"preparing {folder}", unit=" tokens", unit_scale=True,
+               initial=progress["tokens"], total=recipe["max_tokens"] or None)
+    saved_at = time.monotonic()
+    with ThreadPoolExecutor(workers) as pool, bar:
+        batches = batches_of(pieces)
+        for batch, tokens in ordered_map(pool, tokenise, batches, ahead=2 * workers + 1):
+            room = limit - progress["tokens"] - len(tokens["val"])  # validation text goes first
+            tokens["train"] = tokens["train"][:max(room, 0)]
+            for split, writer in writers.items():
+                writer.add(tokens[split])
+                progress["tokens"] += len(tokens[split])
+            progress["pieces"] += len(batch)
+            progress["documents"] += sum(piece.ends for piece in batch)
+            bar.update(progress["tokens"] - bar.n)
+            if progress["tokens"] >= limit:
+                break
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                states = {split: writer.state() for split, writer in writers.items()}
+                write_json(f"{folder}/progress.json", progress | states)
+                saved_at = time.monotonic()
+    return {split: writer.close() for split, writer in writers.items()}
+
+
+def write_manifest(folder, recipe, documents, splits):
+    """Complete the data set. Raise if a split is empty."""
+    for split, part in splits.items():
+        if part["blocks"] == 0:
+            raise SourceError(
+                f"val_fraction={recipe['val_fraction']} left the {split} split "
+                f"{part['dropped_text_tokens']} text tokens of {documents} documents, "
+                f"less than a block of block_size={recipe['block_size']}")
+    write_json(f"{folder}/manifest.json", recipe | {"documents": documents, "splits": splits})
+    with suppress(FileNotFoundError):
+        os.remove(f"{folder}/progress.json")
+    print(f"{folder}: {splits['train']['tokens']:,} tokens to train on, "
+          f"{splits['val']['tokens']:,} to validate on")
 
 
 def recipe_of(config, encoding, source_version):
@@ -541,29 +521,21 @@ def recipe_of(config, encoding, source_version):
 
 
 # --------------------------------------------------------------------------------------
-# The folder
+# What lies in a folder
 
 def folder_of(dataset):
     return os.path.join("data", dataset)
 
 
-def read_begun(config):
+def read_progress(config):
     """progress.json; {"of": manifest} if the data are complete; {} to begin anew."""
     folder = folder_of(config.dataset)
-    if config.overwrite:
-        return {}
-    if os.path.exists(f"{folder}/manifest.json"):
-        return {"of": read_manifest(config)}
-    with suppress(FileNotFoundError), open(f"{folder}/progress.json", encoding="utf-8") as file:
-        return json.load(file)
+    if not config.overwrite:
+        if os.path.exists(f"{folder}/manifest.json"):
+            return {"of": read_manifest(config)}
+        with suppress(FileNotFoundError), open(f"{folder}/progress.json") as file:
+            return json.load(file)
     return {}
-
-
-def remove_our_files(folder):
-    """Remove the files that a preparation writes."""
-    for name in sorted(os.listdir(folder)):
-        if re.fullmatch(r"manifest\.json|progress\.json|(train|val)_.*\.bin", name):
-            os.remove(os.path.join(folder, name))
 
 
 def read_manifest(config):
@@ -590,21 +562,6 @@ def read_manifest(config):
     return manifest
 
 
-def check_fit(config, manifest):
-    """Refuse data that the model of the config cannot train on."""
-    check_same(config, manifest, {name: getattr(config, name) for name in MUST_FIT})
-
-
-def check_same(config, there, wanted):
-    """Refuse data that were prepared, or begun, with other values than wanted."""
-    for name, value in wanted.items():
-        if there.get(name) != value:
-            raise config.error(
-                f"{folder_of(config.dataset)} was prepared with {name} {there.get(name)}, but "
-                f"{name}={value}: name another --dataset, or run {prepare_command(config)} "
-                "--overwrite")
-
-
 def verify(config, manifest):
     """Compare all checksums with the manifest's. Raise SystemExit with one line."""
     for split in manifest["splits"].values():
@@ -613,6 +570,11 @@ def verify(config, manifest):
             if sha256_of(path) != shard["sha256"]:
                 raise SystemExit(f"error: {path} was altered (its checksum differs): "
                                  f"run {prepare_command(config)} --overwrite")
+
+
+def check_fit(config, manifest):
+    """Refuse data that the model of the config cannot train on."""
+    check_same(config, manifest, {name: getattr(config, name) for name in MUST_FIT})
 
 
 def prepare_command(config):
@@ -626,18 +588,28 @@ def prepare_command(config):
     return shlex.join(command)
 
 
+def check_same(config, there, wanted):
+    """Refuse data that were prepared, or begun, with other values than wanted."""
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            raise config.error(
+                f"{folder_of(config.dataset)} was prepared with {name} {there.get(name)}, but "
+                f"{name}={value}: name another --dataset, or run {prepare_command(config)} "
+                "--overwrite")
+
+
 def write_json(path, value):
     """All of it, or nothing."""
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
-        flush(file)
+    flush(path + ".tmp")
     os.replace(path + ".tmp", path)
 
 
-def flush(file):
+def flush(path):
     """Do not return before the file is safe on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
+    with open(path, "ab") as file:
+        os.fsync(file.fileno())
 
 
 def sha256(data):
@@ -648,9 +620,6 @@ def sha256_of(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-
-# --------------------------------------------------------------------------------------
-# Reading the blocks
 
 class Blocks:
     """The blocks of one split: x is a block, y the same tokens one later."""
