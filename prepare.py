@@ -25,7 +25,6 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
@@ -52,17 +51,15 @@ ENDINGS = (*PLAIN_TEXT, ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 
 def main(argv=None):
     config = settings.load(argv, (settings.Data, settings.Preparation), __doc__)
-    if not config.verify:
+    if config.verify:
+        verify(config, read_manifest(config))
+        print(f"{folder_of(config.dataset)}: checksums match")
+    else:
         prepare(config)
-        return
-    manifest = read_manifest(config)
-    verify(config, manifest)
-    n_shards = sum(len(split["shards"]) for split in manifest["splits"].values())
-    print(f"{folder_of(config.dataset)}: {n_shards} shards, checksums match")
 
 
 # --------------------------------------------------------------------------------------
-# Tokenizers
+# Tokens, and meta-tokens among them (paper, section 3)
 
 def get_tokenizer(name):
     """'gpt2' or 'bytes' as a tiktoken.Encoding. The meta-token's id is its n_vocab."""
@@ -89,9 +86,6 @@ def decode(encoding, tokens, show_meta=False):
         text += name * len(run) if name else encoding.decode(run)
     return text
 
-
-# --------------------------------------------------------------------------------------
-# Injection (paper, section 3)
 
 def meta_per_block(meta_rate, block_size):
     """M = round(k T)."""
@@ -134,36 +128,28 @@ class Piece(NamedTuple):
     ends: bool   # whether the document ends here
 
 
-class Source(NamedTuple):
-    version: str        # which Python, which files, or which revision
-    bytes: int | None   # on the disk, if known
-    pieces: Iterator
-
-
-class SourceError(ValueError):
+class SourceError(Exception):
     """A source that cannot be read. The message is one line for people."""
 
 
 def open_source(name, text_field, begun):
-    """The Source of 'stdlib', of local files, or of a data set on the Hugging Face hub.
+    """(version, pieces) of 'stdlib', of local files, or of a data set on the hub.
 
-    Skip the pieces that are done, and stay at the revision of the hub, if `begun` (a
-    progress.json) says that this source was begun with.
+    Skip the pieces that `begun` (a progress.json) counts. Stay at its revision.
     """
-    files = stdlib_files() if name == "stdlib" else find_files(name)
     done = begun.get("pieces", 0)
-    if not files:
-        there = begun.get("of", {})
-        same = there.get("source") == name
-        revision = there["source_version"] if same else newest_revision(name)
-        return Source(revision, None, hub_pieces(name, text_field, revision, done))
-    sizes = [os.path.getsize(path) for _, path in files]
-    listing = "".join(f"{key} {size}\n" for (key, _), size in zip(files, sizes))
-    version = f"{len(files)} files, sha256 of names and sizes {sha256(listing.encode())[:16]}"
     if name == "stdlib":
-        version = f"Python {platform.python_version()}"
-    pieces = itertools.islice(file_pieces(files, text_field), done, None)
-    return Source(version, sum(sizes), pieces)
+        version, files = f"Python {platform.python_version()}", stdlib_files()
+    elif is_on_hub(name):
+        revision = begun["of"]["source_version"] if begun else newest_revision(name)
+        rows = enumerate(hub_rows(name, revision, done), done + 1)
+        return revision, row_pieces(rows, text_field, name)
+    else:
+        files = find_files(name)
+        listing = "".join(f"{key} {os.path.getsize(path)}\n" for key, path in files)
+        digest = sha256(listing.encode())[:16]
+        version = f"{len(files)} files, sha256 of names and sizes {digest}"
+    return version, itertools.islice(file_pieces(files, text_field), done, None)
 
 
 def stdlib_files():
@@ -174,18 +160,15 @@ def stdlib_files():
 
 
 def find_files(source):
-    """(key, path) of local files; [] if the source may be a data set on the hub."""
+    """(key, path) of comma-separated files, folders and globs."""
     files = []
-    patterns = [os.path.expanduser(pattern) for pattern in source.split(",") if pattern]
-    for pattern in patterns:
+    for pattern in map(os.path.expanduser, source.split(",")):
         exists = os.path.exists(pattern)  # brackets may be part of a name
         found = [pattern] if exists else sorted(glob.glob(pattern, recursive=True))
-        if "**" in pattern and not exists:  # it finds folders and what is in them
+        if "**" in pattern:  # it finds folders and what is in them
             found = filter(os.path.isfile, found)
         paths = [path for place in found for _, path in files_below(place, ENDINGS)]
-        is_path = (exists or pattern.startswith((".", "/")) or glob.has_magic(pattern)
-                   or pattern.endswith(ENDINGS))
-        if not paths and (is_path or len(patterns) > 1):
+        if not paths:
             raise SourceError(f"source={pattern}: no such file, or nothing that ends in "
                               f"{', '.join(ENDINGS)}")
         root = pattern if exists else re.split(r"[*?[]", pattern)[0]
@@ -195,23 +178,17 @@ def find_files(source):
 
 
 def files_below(root, endings):
-    """(key, path) of a file, or of a folder's files in the order of their keys."""
-    if os.path.isfile(root):
-        return [(os.path.basename(root), root)] if root.endswith(endings) else []
-    files = []
+    """(key, path) of a folder's files, or of one file, in the order of their keys."""
+    paths = [root] if os.path.isfile(root) else []
     for folder, _, names in os.walk(root):
-        paths = [os.path.join(folder, name) for name in names if name.endswith(endings)]
-        files += [(key_of(path, root), path) for path in paths]
-    return sorted(files)
+        paths += [os.path.join(folder, name) for name in names]
+    return sorted((key_of(path, root), path) for path in paths if path.endswith(endings))
 
 
 def key_of(path, root):
     """A document's name wherever the corpus lies: its path below the root, with /."""
     return os.path.relpath(path, root).replace(os.sep, "/")
 
-
-# --------------------------------------------------------------------------------------
-# Reading
 
 def file_pieces(files, text_field):
     """The pieces of text files, each a document, and of tables of documents."""
@@ -222,18 +199,11 @@ def file_pieces(files, text_field):
                 sections = text_sections(path, SECTION_CHARS if lone else BATCH_CHARS)
                 for number, (text, ends) in enumerate(sections):
                     yield Piece(f"{key}#{number}" if lone else key, text, ends)
-            elif path.endswith(".parquet"):
-                yield from row_pieces(parquet_rows(path, text_field), text_field, path)
             else:
-                yield from row_pieces(json_rows(path), text_field, path)
-        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
-            raise SourceError(f"cannot read {path}: {e}") from None
-
-
-def open_text(path, errors="strict"):
-    """A file of UTF-8, compressed or not, with its line ends as they are."""
-    open_file = gzip.open if path.endswith(".gz") else open
-    return open_file(path, "rt", encoding="utf-8", errors=errors, newline="")
+                read_rows = parquet_rows if path.endswith(".parquet") else json_rows
+                yield from row_pieces(read_rows(path, text_field), text_field, path)
+        except (OSError, EOFError, ValueError, zlib.error) as e:
+            raise SourceError(f"cannot read {path}: {str(e).splitlines()[0]}") from None
 
 
 def text_sections(path, size):
@@ -242,7 +212,7 @@ def text_sections(path, size):
     A section ends before a single space between two words, where BPE cuts as well. In a
     text without any it ends wherever the size says.
     """
-    with open_text(path, errors="replace") as file:
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
         rest = file.read(size)
         while more := file.read(size):
             up_to_last_word = re.match(r".*\S(?= \S)", rest, re.DOTALL)
@@ -252,9 +222,10 @@ def text_sections(path, size):
         yield rest, True
 
 
-def json_rows(path):
+def json_rows(path, text_field):
     """(line number, row) of every line that is not blank."""
-    with open_text(path) as file:
+    open_file = gzip.open if path.endswith(".gz") else open
+    with open_file(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 if not line.isspace():
@@ -265,16 +236,10 @@ def json_rows(path):
 
 def parquet_rows(path, text_field):
     """(number, row) of every row, which holds only the column text_field."""
-    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
-    try:
-        file = ParquetFile(path)
-        columns = [text_field] if text_field in file.schema_arrow.names else []
-        batches = file.iter_batches(batch_size=1000, columns=columns)
-        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        yield from enumerate(rows, 1)
-    except ArrowException as e:
-        raise SourceError(f"cannot read {path}: {str(e).splitlines()[0]}") from None
+    batches = ParquetFile(path).iter_batches(batch_size=1000, columns=[text_field])
+    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    return enumerate(rows, 1)
 
 
 def row_pieces(rows, text_field, where):
@@ -287,14 +252,19 @@ def row_pieces(rows, text_field, where):
         yield Piece(text, text, True)
 
 
-def hub_pieces(source, text_field, revision, skip):
-    """The pieces of a data set on the hub behind the first `skip`, streamed."""
+def is_on_hub(source):
+    """Whether this is a name on the Hugging Face hub, as allenai/c4:en, and no path."""
+    is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:.+)?", source)
+    return is_name and not source.endswith(ENDINGS) and not os.path.exists(source)
+
+
+def hub_rows(source, revision, skip):
+    """The rows of a data set on the hub behind the first `skip`, streamed."""
     name, _, configuration = source.partition(":")
     with hub_errors(source):
         from datasets import load_dataset
-        rows = load_dataset(name, configuration or None, split="train", streaming=True,
-                            revision=revision)
-        yield from row_pieces(enumerate(rows.skip(skip), skip + 1), text_field, source)
+        yield from load_dataset(name, configuration or None, split="train", streaming=True,
+                                revision=revision).skip(skip)
 
 
 def newest_revision(source):
@@ -307,8 +277,6 @@ def newest_revision(source):
 def hub_errors(source):
     try:
         yield
-    except SourceError:
-        raise
     except Exception as e:  # offline, unknown, private, not installed, a broken stream ...
         reason = f"{type(e).__name__}: {str(e)[:100]}".splitlines()[0]
         raise SourceError(f"source={source}: cannot be read from the Hugging Face hub "
@@ -345,7 +313,6 @@ class Tokeniser(threading.local):
 
 
 def split_of(key, val_fraction):
-    """'train' or 'val', by the hash of the key."""
     digest = hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest()
     return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
 
@@ -386,166 +353,98 @@ def cores():
 class SplitWriter:
     """Cuts one split's text into blocks, injects the meta-tokens and writes shards."""
 
-    def __init__(self, folder, split, recipe):
+    def __init__(self, folder, split, recipe, state=None):
+        """Go on from a state, and forget what was written after it."""
+        state = state or {"shards": [], "blocks": 0, "rest": []}
         self.folder, self.split, self.recipe = folder, split, recipe
         self.block_size = recipe["block_size"]
         self.text_per_block = self.block_size - recipe["meta_per_block"]
         self.blocks_per_shard = max(SHARD_TOKENS // self.block_size, 1)
-        self.blocks, self.shards, self.file = 0, [], None  # in all; finished ones; open one
-        self.rest = np.empty(0, DTYPE)                     # text that is no whole block yet
-        self.group, self.places = None, None
+        self.blocks = state["blocks"]                # in all
+        self.shards = state["shards"]                # the finished ones
+        self.rest = np.array(state["rest"], DTYPE)   # text that is no whole block yet
+        self.places = []                             # of the next blocks, up to a group's end
+        if self.in_shard():
+            os.truncate(self.path(), self.in_shard() * self.block_size * DTYPE.itemsize)
+
+    def in_shard(self):
+        """The number of blocks in the shard that is being written."""
+        return self.blocks % self.blocks_per_shard
+
+    def path(self):
+        return f"{self.folder}/{self.split}_{len(self.shards):05d}.bin"
 
     def state(self):
         """How far we are, with everything up to there safe on the disk."""
-        if self.file:
-            flush(self.file)
+        if self.in_shard():
+            flush(self.path())
         return {"shards": self.shards, "blocks": self.blocks, "rest": self.rest.tolist()}
-
-    def resume(self, state):
-        """Go on from a state, and forget what was written after it."""
-        self.shards, self.blocks = state["shards"], state["blocks"]
-        self.rest = np.array(state["rest"], DTYPE)
-        if blocks := self.blocks % self.blocks_per_shard:
-            self.file = open(self.path(), "r+b")
-            self.file.truncate(blocks * self.block_size * DTYPE.itemsize)
-            self.file.seek(0, os.SEEK_END)
-
-    def path(self):
-        """Of the shard that is being written."""
-        return f"{self.folder}/{self.split}_{len(self.shards):05d}.bin"
 
     def add(self, text):
         """Write the blocks that there is text for. One token stays for end_shard."""
         self.rest = np.concatenate([self.rest, text])
         while len(self.rest) > self.text_per_block:
-            places = self.next_places()[:(len(self.rest) - 1) // self.text_per_block]
-            text, self.rest = np.split(self.rest, [len(places) * self.text_per_block])
-            self.file = self.file or open(self.path(), "wb")
-            self.file.write(inject(text, places, self.recipe["meta_id"]).tobytes())
-            self.blocks += len(places)
-            if self.blocks % self.blocks_per_shard == 0:
+            if len(self.places) == 0:
+                self.places = self.draw_places()
+            left = self.blocks_per_shard - self.in_shard()
+            n = min((len(self.rest) - 1) // self.text_per_block, len(self.places), left)
+            text, self.rest = np.split(self.rest, [n * self.text_per_block])
+            places, self.places = np.split(self.places, [n])
+            with open(self.path(), "ab" if self.in_shard() else "wb") as file:
+                file.write(inject(text, places, self.recipe["meta_id"]).tobytes())
+            self.blocks += n
+            if n == left:
                 self.end_shard()
 
-    def next_places(self):
-        """The places in the next blocks, up to the end of a group or of the shard."""
+    def draw_places(self):
+        """The places in the next blocks, up to the end of their group."""
         group, row = divmod(self.blocks, GROUP)
-        if group != self.group:
-            self.group = group
-            rng = np.random.default_rng([self.recipe["seed"], SPLITS.index(self.split), group])
-            self.places = meta_places(GROUP, self.block_size, self.recipe["meta_per_block"], rng,
-                                      self.recipe["meta_placement"])
-        left_in_shard = self.blocks_per_shard - self.blocks % self.blocks_per_shard
-        return self.places[row:row + left_in_shard]
+        rng = np.random.default_rng([self.recipe["seed"], SPLITS.index(self.split), group])
+        return meta_places(GROUP, self.block_size, self.recipe["meta_per_block"], rng,
+                           self.recipe["meta_placement"])[row:]
 
     def end_shard(self):
-        self.file.write(self.rest[:1].tobytes())  # the copy of the next block's first token
-        flush(self.file)
-        self.file.close()
-        self.file, path = None, self.path()
+        path = self.path()
+        with open(path, "ab") as file:
+            file.write(self.rest[:1].tobytes())  # the copy of the next block's first token
+        flush(path)
         size = os.path.getsize(path)
         self.shards.append({"file": os.path.basename(path), "tokens": size // DTYPE.itemsize,
                             "bytes": size, "sha256": sha256_of(path)})
 
     def close(self):
         """End the last shard; return this split's part of the manifest."""
-        if self.file:
+        if self.in_shard():
             self.end_shard()
         return {"blocks": self.blocks, "tokens": self.blocks * self.block_size,
                 "text_tokens": self.blocks * self.text_per_block,
                 "dropped_text_tokens": len(self.rest), "shards": self.shards}
 
 
-class Preparation:
-    """A data set that is being written, and how far its source has been read."""
-
-    def __init__(self, folder, recipe):
-        self.folder, self.recipe = folder, recipe
-        self.limit = recipe["max_tokens"] or sys.maxsize
-        self.writers = {split: SplitWriter(folder, split, recipe) for split in SPLITS}
-        self.done = {"pieces": 0, "documents": 0, "chars": 0, "tokens": 0}
-
-    def save(self):
-        states = {split: writer.state() for split, writer in self.writers.items()}
-        write_json(f"{self.folder}/progress.json", {"of": self.recipe} | self.done | states)
-
-    def resume(self, saved):
-        self.done = {name: saved[name] for name in self.done}
-        for split, writer in self.writers.items():
-            writer.resume(saved[split])
-        print(f"going on behind {saved['documents']:,} documents, {saved['tokens']:,} text tokens")
-
-    def run(self, source, tokenise, workers):
-        """Read on, to the end of the source or to max_tokens, and save now and then."""
-        bar = tqdm(desc=f"preparing {self.folder}", unit=" tokens", unit_scale=True,
-                   initial=self.done["tokens"], total=self.recipe["max_tokens"] or None)
-        saved_at = time.monotonic()
-        with ThreadPoolExecutor(workers) as pool, bar:
-            batches = batches_of(source.pieces)
-            for batch, tokens in ordered_map(pool, tokenise, batches, ahead=2 * workers + 1):
-                self.add(batch, tokens)
-                if source.bytes and not self.recipe["max_tokens"]:
-                    tokens_per_char = self.done["tokens"] / max(self.done["chars"], 1)
-                    bar.total = max(self.done["tokens"], round(tokens_per_char * source.bytes))
-                bar.update(self.done["tokens"] - bar.n)
-                if self.done["tokens"] >= self.limit:
-                    break
-                if time.monotonic() - saved_at > SAVE_SECONDS:
-                    self.save()
-                    saved_at = time.monotonic()
-            bar.total = self.done["tokens"]
-
-    def add(self, batch, tokens):
-        """Write a batch: all validation text, and training text up to max_tokens."""
-        room = max(self.limit - self.done["tokens"] - len(tokens["val"]), 0)
-        tokens["train"] = tokens["train"][:room]
-        for split, writer in self.writers.items():
-            writer.add(tokens[split])
-            self.done["tokens"] += len(tokens[split])
-        self.done["pieces"] += len(batch)
-        self.done["documents"] += sum(piece.ends for piece in batch)
-        self.done["chars"] += sum(len(piece.text) for piece in batch)
-
-    def finish(self):
-        """Complete the data set: write its manifest. Raise if a split is empty."""
-        splits = {split: writer.close() for split, writer in self.writers.items()}
-        for split, part in splits.items():
-            if part["blocks"] == 0:
-                raise SourceError(
-                    f"val_fraction={self.recipe['val_fraction']} left the {split} split "
-                    f"{part['dropped_text_tokens']} text tokens of {self.done['documents']} "
-                    f"documents, less than a block of block_size={self.recipe['block_size']}")
-        manifest = self.recipe | {"documents": self.done["documents"], "splits": splits}
-        write_json(f"{self.folder}/manifest.json", manifest)
-        with suppress(FileNotFoundError):
-            os.remove(f"{self.folder}/progress.json")
-        counts = [f"{part['tokens']:,} {split} tokens ({part['text_tokens']:,} text)"
-                  for split, part in splits.items()]
-        print(f"{self.folder}: {', '.join(counts)}")
-
-
 def prepare(config):
     """Write data/<dataset>/ unless it is there. Raise SystemExit with one line."""
     folder = folder_of(config.dataset)
     again = "the same command without --overwrite" if config.overwrite else "the same command"
-    begun = read_begun(config)
+    progress = read_progress(config)
     try:
         encoding = get_tokenizer(config.tokenizer)
-        source = open_source(config.source, config.text_field, begun)
-        recipe = recipe_of(config, encoding, source.version)
-        if begun:
-            check_same(config, begun["of"], recipe)
-        if os.path.exists(f"{folder}/manifest.json") and not config.overwrite:
-            print(f"{folder} is prepared already")
-            return
-        preparation = Preparation(folder, recipe)
-        if begun:
-            preparation.resume(begun)
+        version, pieces = open_source(config.source, config.text_field, progress)
+        recipe = recipe_of(config, encoding, version)
+        if progress:
+            check_same(config, progress["of"], recipe)
+            if "splits" in progress["of"]:
+                print(f"{folder} is prepared already")
+                return
+            print(f"going on behind {progress['documents']:,} documents")
         else:
             os.makedirs(folder, exist_ok=True)
-            remove_our_files(folder)
-        preparation.run(source, Tokeniser(encoding, config.val_fraction),
-                        config.workers or cores())
-        preparation.finish()
+            for name in sorted(os.listdir(folder)):  # what is left of an older preparation
+                if re.fullmatch(r"manifest\.json|progress\.json|(train|val)_.*\.bin", name):
+                    os.remove(os.path.join(folder, name))
+            progress = {"of": recipe, "pieces": 0, "documents": 0, "tokens": 0}
+        tokenise = Tokeniser(encoding, config.val_fraction)
+        splits = write_shards(folder, progress, pieces, tokenise, config.workers or cores())
+        write_manifest(folder, recipe, progress["documents"], splits)
     except SourceError as e:
         raise config.error(e) from None
     except KeyboardInterrupt:
@@ -553,6 +452,52 @@ def prepare(config):
     except OSError as e:
         raise SystemExit(f"error: cannot write {folder}: {e.strerror}; make room, "
                          f"and {again} goes on from here") from None
+
+
+def write_shards(folder, progress, pieces, tokenise, workers):
+    """Write the pieces, up to max_tokens; return the manifest's part on each split.
+
+    Counts in `progress`, and saves it now and then.
+    """
+    recipe = progress["of"]
+    writers = {split: SplitWriter(folder, split, recipe, progress.get(split)) for split in SPLITS}
+    limit = recipe["max_tokens"] or sys.maxsize
+    bar = tqdm(desc=f"preparing {folder}", unit=" tokens", unit_scale=True,
+               initial=progress["tokens"], total=recipe["max_tokens"] or None)
+    saved_at = time.monotonic()
+    with ThreadPoolExecutor(workers) as pool, bar:
+        batches = batches_of(pieces)
+        for batch, tokens in ordered_map(pool, tokenise, batches, ahead=2 * workers + 1):
+            room = limit - progress["tokens"] - len(tokens["val"])  # validation text goes first
+            tokens["train"] = tokens["train"][:max(room, 0)]
+            for split, writer in writers.items():
+                writer.add(tokens[split])
+                progress["tokens"] += len(tokens[split])
+            progress["pieces"] += len(batch)
+            progress["documents"] += sum(piece.ends for piece in batch)
+            bar.update(progress["tokens"] - bar.n)
+            if progress["tokens"] >= limit:
+                break
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                states = {split: writer.state() for split, writer in writers.items()}
+                write_json(f"{folder}/progress.json", progress | states)
+                saved_at = time.monotonic()
+    return {split: writer.close() for split, writer in writers.items()}
+
+
+def write_manifest(folder, recipe, documents, splits):
+    """Complete the data set. Raise if a split is empty."""
+    for split, part in splits.items():
+        if part["blocks"] == 0:
+            raise SourceError(
+                f"val_fraction={recipe['val_fraction']} left the {split} split "
+                f"{part['dropped_text_tokens']} text tokens of {documents} documents, "
+                f"less than a block of block_size={recipe['block_size']}")
+    write_json(f"{folder}/manifest.json", recipe | {"documents": documents, "splits": splits})
+    with suppress(FileNotFoundError):
+        os.remove(f"{folder}/progress.json")
+    print(f"{folder}: {splits['train']['tokens']:,} tokens to train on, "
+          f"{splits['val']['tokens']:,} to validate on")
 
 
 def recipe_of(config, encoding, source_version):
@@ -576,29 +521,21 @@ def recipe_of(config, encoding, source_version):
 
 
 # --------------------------------------------------------------------------------------
-# The folder
+# What lies in a folder
 
 def folder_of(dataset):
     return os.path.join("data", dataset)
 
 
-def read_begun(config):
+def read_progress(config):
     """progress.json; {"of": manifest} if the data are complete; {} to begin anew."""
     folder = folder_of(config.dataset)
-    if config.overwrite:
-        return {}
-    if os.path.exists(f"{folder}/manifest.json"):
-        return {"of": read_manifest(config)}
-    with suppress(FileNotFoundError), open(f"{folder}/progress.json", encoding="utf-8") as file:
-        return json.load(file)
+    if not config.overwrite:
+        if os.path.exists(f"{folder}/manifest.json"):
+            return {"of": read_manifest(config)}
+        with suppress(FileNotFoundError), open(f"{folder}/progress.json") as file:
+            return json.load(file)
     return {}
-
-
-def remove_our_files(folder):
-    """Remove the files that a preparation writes."""
-    for name in sorted(os.listdir(folder)):
-        if re.fullmatch(r"manifest\.json|progress\.json|(train|val)_.*\.bin", name):
-            os.remove(os.path.join(folder, name))
 
 
 def read_manifest(config):
@@ -625,21 +562,6 @@ def read_manifest(config):
     return manifest
 
 
-def check_fit(config, manifest):
-    """Refuse data that the model of the config cannot train on."""
-    check_same(config, manifest, {name: getattr(config, name) for name in MUST_FIT})
-
-
-def check_same(config, there, wanted):
-    """Refuse data that were prepared, or begun, with other values than wanted."""
-    for name, value in wanted.items():
-        if there.get(name) != value:
-            raise config.error(
-                f"{folder_of(config.dataset)} was prepared with {name} {there.get(name)}, but "
-                f"{name}={value}: name another --dataset, or run {prepare_command(config)} "
-                "--overwrite")
-
-
 def verify(config, manifest):
     """Compare all checksums with the manifest's. Raise SystemExit with one line."""
     for split in manifest["splits"].values():
@@ -648,6 +570,11 @@ def verify(config, manifest):
             if sha256_of(path) != shard["sha256"]:
                 raise SystemExit(f"error: {path} was altered (its checksum differs): "
                                  f"run {prepare_command(config)} --overwrite")
+
+
+def check_fit(config, manifest):
+    """Refuse data that the model of the config cannot train on."""
+    check_same(config, manifest, {name: getattr(config, name) for name in MUST_FIT})
 
 
 def prepare_command(config):
@@ -661,18 +588,28 @@ def prepare_command(config):
     return shlex.join(command)
 
 
+def check_same(config, there, wanted):
+    """Refuse data that were prepared, or begun, with other values than wanted."""
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            raise config.error(
+                f"{folder_of(config.dataset)} was prepared with {name} {there.get(name)}, but "
+                f"{name}={value}: name another --dataset, or run {prepare_command(config)} "
+                "--overwrite")
+
+
 def write_json(path, value):
     """All of it, or nothing."""
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
-        flush(file)
+    flush(path + ".tmp")
     os.replace(path + ".tmp", path)
 
 
-def flush(file):
+def flush(path):
     """Do not return before the file is safe on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
+    with open(path, "ab") as file:
+        os.fsync(file.fileno())
 
 
 def sha256(data):
@@ -683,9 +620,6 @@ def sha256_of(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-
-# --------------------------------------------------------------------------------------
-# Reading the blocks
 
 class Blocks:
     """The blocks of one split: x is a block, y the same tokens one later."""

@@ -1069,22 +1069,21 @@ def test_all_formats_hold_the_same_documents(workplace):
     Dataset.from_list(rows).to_parquet("hub/train.parquet")
     for name in ("jsonl", "rows.parquet", "jsonl/*.jsonl,jsonl/*.gz"):
         for done in (0, 100):
-            source = prepare.open_source(name, "body", {"pieces": done})
-            assert [piece.text for piece in source.pieces] == TEXTS[done:]
+            _, pieces = prepare.open_source(name, "body", {"pieces": done})
+            assert [piece.text for piece in pieces] == TEXTS[done:]
     for done in (0, 110):  # read as a Hugging Face data set, streaming
-        pieces = prepare.hub_pieces("hub", "body", None, done)
-        assert [piece.text for piece in pieces] == TEXTS[done:]
+        assert [row["body"] for row in prepare.hub_rows("hub", None, done)] == TEXTS[done:]
 
 
 def test_a_data_set_of_the_hub_stays_at_the_revision_that_was_begun_with(
         workplace, monkeypatch, capsys):
     config, read = configure("--source=some/set"), []
 
-    def pieces(source, text_field, revision, skip):
+    def rows(source, revision, skip):
         read.append(revision)
-        yield from (prepare.Piece(text, text, True) for text in TEXTS)
+        yield from ({"text": text} for text in TEXTS)
 
-    monkeypatch.setattr(prepare, "hub_pieces", pieces)
+    monkeypatch.setattr(prepare, "hub_rows", rows)
     monkeypatch.setattr(prepare, "newest_revision", lambda source: "first")
     prepare.prepare(config)
     monkeypatch.setattr(prepare, "newest_revision", lambda source: pytest.fail("asked again"))
