@@ -133,9 +133,10 @@ class SourceError(Exception):
 
 
 def open_source(name, text_field, begun):
-    """(version, pieces) of 'stdlib', of local files, or of a data set on the hub.
+    """(version, bytes, pieces) of 'stdlib', of local files or of a data set on the hub.
 
-    Skip the pieces that `begun` (a progress.json) counts. Stay at its revision.
+    Skip the pieces that `begun` (a progress.json) counts. Stay at its revision. bytes
+    is None on the hub, where nobody knows.
     """
     done = begun.get("pieces", 0)
     if name == "stdlib":
@@ -143,13 +144,14 @@ def open_source(name, text_field, begun):
     elif is_on_hub(name):
         revision = begun["of"]["source_version"] if begun else newest_revision(name)
         rows = enumerate(hub_rows(name, revision, done), done + 1)
-        return revision, row_pieces(rows, text_field, name)
+        return revision, None, row_pieces(rows, text_field, name)
     else:
         files = find_files(name)
         listing = "".join(f"{key} {os.path.getsize(path)}\n" for key, path in files)
         digest = sha256(listing.encode())[:16]
         version = f"{len(files)} files, sha256 of names and sizes {digest}"
-    return version, itertools.islice(file_pieces(files, text_field), done, None)
+    n_bytes = sum(os.path.getsize(path) for _, path in files)
+    return version, n_bytes, itertools.islice(file_pieces(files, text_field), done, None)
 
 
 def stdlib_files():
@@ -171,8 +173,8 @@ def find_files(source):
         if not paths:
             raise SourceError(f"source={pattern}: no such file, or nothing that ends in "
                               f"{', '.join(ENDINGS)}")
-        root = pattern if exists else re.split(r"[*?[]", pattern)[0]
-        root = root if os.path.isdir(root) else os.path.dirname(root)
+        before_wildcard = pattern if exists else re.split(r"[*?[]", pattern)[0]
+        root = pattern if os.path.isdir(pattern) else os.path.dirname(before_wildcard)
         files += [(key_of(path, root), path) for path in paths]
     return files
 
@@ -428,7 +430,7 @@ def prepare(config):
     progress = read_progress(config)
     try:
         encoding = get_tokenizer(config.tokenizer)
-        version, pieces = open_source(config.source, config.text_field, progress)
+        version, n_bytes, pieces = open_source(config.source, config.text_field, progress)
         recipe = recipe_of(config, encoding, version)
         if progress:
             check_same(config, progress["of"], recipe)
@@ -441,9 +443,10 @@ def prepare(config):
             for name in sorted(os.listdir(folder)):  # what is left of an older preparation
                 if re.fullmatch(r"manifest\.json|progress\.json|(train|val)_.*\.bin", name):
                     os.remove(os.path.join(folder, name))
-            progress = {"of": recipe, "pieces": 0, "documents": 0, "tokens": 0}
+            progress = {"of": recipe, "pieces": 0, "documents": 0, "chars": 0, "tokens": 0}
         tokenise = Tokeniser(encoding, config.val_fraction)
-        splits = write_shards(folder, progress, pieces, tokenise, config.workers or cores())
+        splits = write_shards(folder, progress, pieces, n_bytes, tokenise,
+                              config.workers or cores())
         write_manifest(folder, recipe, progress["documents"], splits)
     except SourceError as e:
         raise config.error(e) from None
@@ -454,10 +457,11 @@ def prepare(config):
                          f"and {again} goes on from here") from None
 
 
-def write_shards(folder, progress, pieces, tokenise, workers):
+def write_shards(folder, progress, pieces, n_bytes, tokenise, workers):
     """Write the pieces, up to max_tokens; return the manifest's part on each split.
 
-    Counts in `progress`, and saves it now and then.
+    Counts in `progress`, and saves it now and then. n_bytes is the size of the source,
+    from which the bar guesses the end.
     """
     recipe = progress["of"]
     writers = {split: SplitWriter(folder, split, recipe, progress.get(split)) for split in SPLITS}
@@ -475,6 +479,9 @@ def write_shards(folder, progress, pieces, tokenise, workers):
                 progress["tokens"] += len(tokens[split])
             progress["pieces"] += len(batch)
             progress["documents"] += sum(piece.ends for piece in batch)
+            progress["chars"] += sum(len(piece.text) for piece in batch)
+            if n_bytes and not recipe["max_tokens"]:
+                bar.total = progress["tokens"] * n_bytes // max(progress["chars"], 1)
             bar.update(progress["tokens"] - bar.n)
             if progress["tokens"] >= limit:
                 break

@@ -1069,7 +1069,7 @@ def test_all_formats_hold_the_same_documents(workplace):
     Dataset.from_list(rows).to_parquet("hub/train.parquet")
     for name in ("jsonl", "rows.parquet", "jsonl/*.jsonl,jsonl/*.gz"):
         for done in (0, 100):
-            _, pieces = prepare.open_source(name, "body", {"pieces": done})
+            *_, pieces = prepare.open_source(name, "body", {"pieces": done})
             assert [piece.text for piece in pieces] == TEXTS[done:]
     for done in (0, 110):  # read as a Hugging Face data set, streaming
         assert [row["body"] for row in prepare.hub_rows("hub", None, done)] == TEXTS[done:]
@@ -2745,7 +2745,8 @@ def test_attention_on_meta_tokens_is_measured_behind_the_first(looked_into):
     (["--what=rate_distortion", "--compare=gone.pt"], "no checkpoint gone.pt"),
     (["--what=rate_distortion", "--compare=parity.pt"],
      "is about List Recall in tokens of bytes, but parity was tuned on parity"),
-    (["--what=rate_distortion", "--compare=a.pt,b.pt"], "tuned at different lengths, [96, 192] tokens"),
+    (["--what=rate_distortion", "--compare=a.pt,b.pt"],
+     "tuned at different lengths, [96, 192] tokens"),
     (["--what=rate_distortion", "--compare=a.pt,a.pt"],
      "two models of one name, a: rename a file"),
     (["--what=rate_distortion", "--train_length=64"], "List Recall needs 83 tokens"),

@@ -44,7 +44,7 @@ class Preparation:
     text_field: str = setting("text", "column with the text (.jsonl, .parquet, Hugging Face)")
     val_fraction: float = setting(0.0005, "share of documents held out for validation", BELOW_ONE)
     max_tokens: int = setting(0, "stop after this many text tokens; 0: read the whole source")
-    workers: int = setting(0, "processes that tokenize or draw examples; 0: one per core")
+    workers: int = setting(0, "threads that tokenize, processes that draw examples; 0: all cores")
     verify: bool = setting(False, "only check the prepared files against their checksums")
 
 
