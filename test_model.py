@@ -2309,6 +2309,25 @@ def test_the_study_asks_only_for_settings_that_exist():
         assert config.n_layer == (4 if "deep" in job else 3)  # a model is tuned with its own depth
 
 
+def test_the_gpu_study_goes_through_its_stages(tmp_path):
+    for path in (*glob.glob(f"{HERE}/*.py"), f"{HERE}/results/gpu_study.sh",
+                 f"{HERE}/results/plot_synthetic.py", *glob.glob(f"{HERE}/config/*.py")):
+        copy = tmp_path / os.path.relpath(path, HERE)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    python = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    tiny = ["--max_tokens=30000", "--max_iters=2", "--batch_size=2", "--eval_tokens=512",
+            "--phase_steps=1", "--val_examples=4", "--test_examples=4"]
+    done = subprocess.run(
+        ["bash", "results/gpu_study.sh", *tiny], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PATH": python, "SMALL": "1", "ONLY": "prepare|deep|plot"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = re.findall(r"^(\S+): \d+ s$", done.stdout, re.M)
+    assert stages == ["preparing", "pre-training", "tuning", "drawing"]
+    labels = {json.loads(path.read_text())["label"] for path in tmp_path.glob("results/*.json")}
+    assert labels == {"F deeper GPT-2, fresh token"}
+
+
 @pytest.fixture(scope="module")
 def tuned_once(tmp_path_factory):
     """A folder with runs of two models and two seeds."""
