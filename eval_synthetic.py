@@ -5,10 +5,15 @@
     python results/plot_synthetic.py results/*.json     # a figure and tables
 
 The tasks are those of the paper's section 4 and appendix D. An example is a prompt and
-its answer. A prompt is some units (lists, bit strings or texts, each with a name), then
-a question about one of them. Marks stand at some places of it. A mark is the meta-token
-(--marker=meta), a token that the model never saw (fresh), or a plain '#' (text). Marks
-stand at what is asked for, as in the paper, or where they give nothing away.
+its answer. A prompt consists of units (lists, bit strings or texts, each with a name)
+and a question about one of them. Marks stand at some places in it. A mark is the
+meta-token (--marker=meta), a token that the model never saw (fresh), or a plain '#'
+(text). --placement says where the marks are:
+
+    task      at the unit in question, as in the paper: they tell which one matters
+    all       at every unit alike: they tell nothing
+    random    as many as with `task`, anywhere
+    none      nowhere
 
 The text of an example is the same whatever its marks: its length is counted with a mark
 at every place that can have one. "exact" is the share of examples whose answer is right
@@ -39,14 +44,14 @@ import config as settings
 import checkpoint
 import prepare
 import train
-from machine import Machine, StopRequest, processor
+from machine import Machine, StopRequest, duration, processor
 from model import rope_tables
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-# Below, `config` is a Config: see train.py.
+# Below, `config` is a Config. train.py lists what it offers: typed, checked, error ...
 
 GO_ON = "the same command, without --overwrite, goes on"
 
@@ -67,7 +72,7 @@ set shy sip sit six ski sky son soy spy sub sum sun tab tag tan tap tar tax tea 
 tip toe ton top toy try tub tug two use van vet vow wax way web wet wig win wit yes zip zoo
 """)
 ITEMS = WORDS[::3]                                       # what lists and texts are made of
-NAMES = [word for i, word in enumerate(WORDS) if i % 3]  # what they are called
+NAMES = [word for i, word in enumerate(WORDS) if i % 3]  # names of units
 MARK = "\0"                                              # in a text: a mark may stand here
 
 
@@ -76,11 +81,12 @@ class Unit(NamedTuple):
     text: str
     question: str
     answer: str
-    offers: list   # all answers that a guess within the unit could give
+    offers: list   # the answers one could guess after a look at this unit alone
 
 
 def draw_items(rng, n, word=None, count=0):
     """n items in random order: `word` count times, and others once each."""
+    # Draw one more than needed, as `word` may be among them
     drawn = [ITEMS[i] for i in rng.choice(len(ITEMS), n - count + 1, replace=False)]
     others = [item for item in drawn if item != word]
     return rng.permutation(others[:n - count] + [word] * count).tolist()
@@ -132,8 +138,7 @@ TASKS = {task.__name__: task for task in (list_recall, segment_counting, parity,
 class Stream:
     """An endless series of numbered examples, by all that they depend on."""
     task: str
-    placement: str      # of marks: at what is asked for ('task', as in the paper), at all
-                        # there is to ask ('all'), anywhere ('random'), or 'none'
+    placement: str      # of marks: 'task', 'all', 'random' or 'none', see above
     mark: int | None    # its id; None: no marks
     tokenizer: str
     seed: int           # of training examples alone
@@ -158,14 +163,17 @@ def length_of(text, encoding):
 
 @cache
 def min_length(task, encoding):
-    """Tokens that any prompt of one unit fits into: those of the longest of 500."""
+    """The length of the longest of 500 examples with one unit, answer included.
+
+    No example is shorter: filler makes up for it.
+    """
     rng = np.random.default_rng(0)
     units = [TASKS[task](NAMES[0], ITEMS[0], rng) for _ in range(500)]
     return max(length_of(unit.text + unit.question + unit.answer, encoding) for unit in units)
 
 
 def filler(n, rng, encoding):
-    """A line of n tokens that says nothing."""
+    """A line of n tokens without information."""
     if n == 0:
         return ""
     n_words, rest = divmod(n - 1, length_of(" cat", encoding))
@@ -175,9 +183,9 @@ def filler(n, rng, encoding):
 def make_example(stream, shortest, longest, rng):
     """Draw an Example of shortest to longest tokens, uniformly, from a numpy Generator.
 
-    What is asked for does not depend on the length: a longer text has more units, up to
-    one for each of the 138 names (2,000 tokens of GPT-2's BPE), and a line of filler
-    takes what room is left. With '#' for a mark at what is asked for:
+    The unit in question does not depend on the length: a longer text has more units, up
+    to one for each of the 138 names (2,000 tokens of GPT-2's BPE), and a line of filler
+    takes what room is left. With '#' for a mark, and placement 'task':
 
         List fox: pad, rod, car, run.
         List pet: vet, bug.
@@ -202,9 +210,10 @@ def make_example(stream, shortest, longest, rng):
         others.append(other.text)
         offers.update(other.offers)
     others.insert(rng.integers(len(others) + 1), filler(room, rng, encoding))
-    i = rng.integers(len(others) + 1)  # where the unit that is asked for stands
+    i = rng.integers(len(others) + 1)  # the place of the unit in question
 
     parts = ["".join(others[:i]), asked.text, "".join(others[i:]), asked.question]
+    # For each MARK: is it in the unit in question, or in the question itself?
     is_asked = np.repeat([False, True, False, True], [part.count(MARK) for part in parts])
     tokens = with_marks("".join(parts), is_asked, stream, rng)
     answer = encoding.encode_ordinary(asked.answer)
@@ -215,7 +224,7 @@ def make_example(stream, shortest, longest, rng):
 def with_marks(text, is_asked, stream, rng):
     """The ids of a text, with marks where the stream's placement wants them.
 
-    is_asked: for each MARK in the text, whether it is at what is asked for.
+    is_asked: for each MARK in the text, whether placement 'task' wants it.
     """
     encoding = get_encoding(stream.tokenizer)
     pieces = [encoding.encode_ordinary(piece) for piece in text.split(MARK)]
@@ -225,7 +234,7 @@ def with_marks(text, is_asked, stream, rng):
     places = np.cumsum([len(piece) for piece in pieces[:-1]])  # tokens before each MARK
     if stream.placement != "all":
         places = places[is_asked]
-    if stream.placement == "random":  # as many, but anywhere behind the first token
+    if stream.placement == "random":  # as many, but anywhere after the first token
         places = rng.permutation(len(tokens))[:len(places)] + 1
     return np.insert(tokens, places, stream.mark)
 
@@ -238,15 +247,15 @@ TEST_SEED = 0  # of validation and test: all runs have the same
 
 
 def split_of(prompt):
-    """Half of all prompts train. Their text decides, so that none is in two splits."""
+    """Half of all prompts are for training. The text decides: none is in two splits."""
     digest = hashlib.blake2b(prompt.encode()).digest()
     return ("train", "train", "validation", "test")[digest[0] % 4]
 
 
 def draw(stream, split, length, number, exactly=None):
-    """Example `number` of a split, of length/2 to length tokens, or `exactly` so many.
+    """Example `number` of a split: over length/2 to length tokens, or `exactly` many.
 
-    It depends on these arguments alone. It is drawn until it falls into the split.
+    It depends on these arguments alone, and is drawn again until it is in the split.
     """
     shortest, longest = (length // 2 + 1, length) if exactly is None else (exactly, exactly)
     seed = stream.seed if split == "train" else TEST_SEED
@@ -257,8 +266,16 @@ def draw(stream, split, length, number, exactly=None):
             return example
 
 
+class Request(NamedTuple):
+    """What a worker process is to draw: arguments of `draw`, for several numbers."""
+    stream: Stream
+    split: str
+    length: int
+    numbers: range
+    exactly: int | None = None
+
+
 def draw_all(request):
-    """In a worker process: the examples of several numbers."""
     stream, split, length, numbers, exactly = request
     return [draw(stream, split, length, number, exactly) for number in numbers]
 
@@ -266,8 +283,8 @@ def draw_all(request):
 def draw_split(pool, stream, split, length, n):
     """The first n examples of a split."""
     parts = [range(i, min(i + 32, n)) for i in range(0, n, 32)]
-    requests = [(stream, split, length, numbers, None) for numbers in parts]
-    drawn = prepare.ordered_map(pool, draw_all, requests, ahead=64)
+    requests = [Request(stream, split, length, numbers) for numbers in parts]
+    drawn = prepare.ordered_map(pool, draw_all, requests, ahead=64)  # (request, examples)
     return [example for _, examples in drawn for example in examples]
 
 
@@ -310,7 +327,7 @@ def open_model(config):
     """(model, mark, identity): the model, on the CPU; its mark's id, or None; and which
     checkpoint it is. Raises SystemExit if model and mark do not go together.
     """
-    torch.manual_seed(config.seed)  # of the meta-attention that may be added
+    torch.manual_seed(config.seed)  # for the meta-attention that --add_meta makes
     model, saved, path = train.load_saved(config)
     identity = {"path": os.path.normpath(path), "step": saved["step"],
                 "seed": saved["settings"].get("seed"),
@@ -319,10 +336,12 @@ def open_model(config):
     if config.add_meta:
         if model.config.meta_id is not None:
             raise config.error(f"add_meta={config.add_meta}, but the checkpoint has meta-tokens")
-        # In a config file meta_attention=False says how the model was pre-trained
+        # Add meta-attention, too, unless --meta_attention=False was typed. (In a config
+        # file, False only describes the pre-trained model.)
         with_attention = config.meta_attention or not config.typed("meta_attention")
         model = model.with_meta_tokens(encoding.n_vocab, with_attention)
-    mark, marker = None, "none" if config.placement == "none" else config.marker
+    mark = None
+    marker = "none" if config.placement == "none" else config.marker
     if marker == "meta":
         mark = model.config.meta_id
         if mark is None:
@@ -331,33 +350,37 @@ def open_model(config):
     elif marker == "text":
         mark = encoding.encode_ordinary("#")[0]
     elif marker == "fresh":
-        mark = encoding.n_vocab + 1
+        mark = encoding.n_vocab + 1  # the meta-token's id is n_vocab
         model = with_fresh_token(model, mark)
     return model, mark, identity
 
 
 @torch.no_grad()
 def with_fresh_token(model, token):
-    """Give the model a token it never saw: its embedding is the mean of the text's."""
+    """Give the model a token it never saw, embedded as the mean of the text rows."""
     if token >= model.config.vocab_size:  # OpenAI's GPT-2 has no embedding to spare
         model = model.with_meta_tokens(token, meta_attention=False)
-        model.config.meta_id = None
+        model.config.meta_id = None  # only the larger embedding was wanted
     wte = model.transformer.wte.weight
     wte[token] = wte[:model.config.text_vocab_size].mean(0)
     return model
 
 
 # --------------------------------------------------------------------------------------
-# Measurement. A row of a result is one measurement, at one length: of the fine-tuned
-# model as it is ("full"), with a part of its meta-tokens switched off (the paper's
-# ablations), or on prompts without their marks ("no_meta").
+# Measurement. A row of a result measures the fine-tuned model at one length:
+#   full               as it is
+#   no_pos             meta-tokens have no position (RoPE: 0) in both attentions
+#   no_pos_meta        they are at position 0 in meta-attention alone
+#   no_embed           their input embedding is zero
+#   no_meta_attention  meta-attention is skipped
+#   no_meta            the marks are taken out of the prompts
 
 ABLATIONS = {"no_pos": {"zero_meta_pos": True}, "no_embed": {"zero_meta_embd": True},
              "no_meta_attention": {"meta_attention": False}}
 
 
 def possible_rows(model, mark):
-    """Those that differ from one another, for this model and its mark's id."""
+    """The rows that make a difference, for this model and its mark's id."""
     c, is_meta = model.config, mark is not None and mark == model.config.meta_id
     possible = {"full": True, "no_pos": is_meta and c.pos != "none",
                 "no_pos_meta": is_meta and c.meta_attention and c.pos == "rope",
@@ -368,10 +391,10 @@ def possible_rows(model, mark):
 
 @contextmanager
 def ablated(model, row):
-    """Change the model as the row says, for a while."""
+    """Change the model as the row says, inside the `with` block."""
     whole, hooks = model.config, []
     model.config = replace(whole, **ABLATIONS.get(row, {}))
-    if row == "no_pos_meta":  # all at position 0, but in meta-attention alone
+    if row == "no_pos_meta":  # block.meta_attn(x, rope) gets the rope of position 0
         position = torch.zeros(1, 1, device=model.lm_head.weight.device)
         rope = rope_tables(whole, position)
         hooks = [block.meta_attn.register_forward_pre_hook(lambda _, args: (args[0], rope))
@@ -385,7 +408,7 @@ def ablated(model, row):
 def answer_states(model, x, at, device):
     """Hidden states (B, A, C) of x (B, T) at positions `at` (B, A), both on the CPU."""
     n_meta = 0
-    if model.config.meta_id is not None:  # counted here, so that nothing waits for the GPU
+    if model.config.meta_id is not None:  # count them here: on the GPU one would wait
         n_meta = int((x == model.config.meta_id).sum(1).max())
     h = model.hidden_states(x.to(device, non_blocking=True), n_meta)     # (B, T, C)
     at = at.to(device, non_blocking=True).unsqueeze(-1)                  # (B, A, 1)
@@ -456,7 +479,7 @@ SOLVED = 0.99                          # exact match in validation at which --st
 
 @dataclass
 class Progress:
-    """How far a fine-tuning has come. Its checkpoints hold it."""
+    """How far a fine-tuning has come; part of its checkpoints."""
     step: int = 0
     minutes: float = 0.0
     phase: int = 0      # of the last step
@@ -470,10 +493,11 @@ class Progress:
 
 
 def requests(run, progress):
-    """Yield what draw_all is to draw for every step to come.
+    """Yield a Request for every step to come.
 
     All examples of a step have one length, which saves padding: one between half the
-    phase's longest and its longest.
+    phase's longest and its longest. `progress` goes on meanwhile, so with max_minutes
+    a phase begins late by the steps that are drawn ahead.
     """
     config = run.config
     n, shortest = config.task_batch_size, min_length(config.task, get_encoding(config.tokenizer))
@@ -484,7 +508,7 @@ def requests(run, progress):
         phase = run.phases[min(int(share_done * len(run.phases)), len(run.phases) - 1)]
         rng = np.random.default_rng([config.seed, step])
         length = int(rng.integers(max(phase // 2 + 1, shortest), phase + 1))
-        yield run.stream, "train", phase, range(step * n, (step + 1) * n), length
+        yield Request(run.stream, "train", phase, range(step * n, (step + 1) * n), length)
 
 
 def micro_losses(model, x, at, y, machine):
@@ -495,7 +519,7 @@ def micro_losses(model, x, at, y, machine):
         with machine.autocast():
             h = answer_states(model, own_x, own_at, machine.device)     # (B, A, C)
             loss = model.loss(h, own_y.to(machine.device, non_blocking=True))
-        yield loss * share  # outside of autocast, which must not reach the backward pass
+        yield loss * share  # not inside autocast: the caller now runs the backward pass
 
 
 def fine_tune(run, saved, pool, machine):
@@ -516,15 +540,17 @@ def fine_tune(run, saved, pool, machine):
         pool, run.stream, "validation", config.train_length, config.val_examples)
     batches = prepare.ordered_map(pool, draw_all, requests(run, progress), ahead=32)
     started = time.monotonic() - 60 * progress.minutes
+    first_step, first_minutes = progress.step, progress.minutes
     stop_request, norm = StopRequest(), 0.0
     model.train()
     while True:
         step = progress.step
         progress.minutes = (time.monotonic() - started) / 60
-        if step % config.log_interval == 0 and progress.losses:
-            print(f"step {step:>{len(str(run.steps))}}/{run.steps} | length {progress.phase} | "
-                  f"loss {progress.train_loss():.4f} | {progress.minutes:.1f} min", flush=True)
+        if step % config.log_interval == 0 and step > first_step:
+            minutes_a_step = (progress.minutes - first_minutes) / (step - first_step)
+            print_step(run, progress, minutes_a_step)
         is_over = step >= run.steps or 0 < config.max_minutes <= progress.minutes
+        # Without losses since the last validation, this step was validated already
         if (is_over or step % config.val_interval == 0) and progress.losses:
             exact, loss = validate(model, validation, progress, config.train_length, machine)
             is_solved = exact >= SOLVED and progress.phase == run.phases[-1]
@@ -532,11 +558,12 @@ def fine_tune(run, saved, pool, machine):
             save(run, optimizer, scaler, progress, loss, float(norm), is_over)
         if is_over:
             break
-        if stop_request.asked:
+        if stop_request.signal:
             save(run, optimizer, scaler, progress, progress.train_loss(), float(norm), is_over)
             raise SystemExit(f"stopped at step {step}; {GO_ON} from there")
 
-        (_, _, progress.phase, _, _), examples = next(batches)
+        request, examples = next(batches)
+        progress.phase = request.length
         lr = train.learning_rate(
             step, progress.minutes, config.task_lr, config.task_lr / 10,
             min(config.task_warmup, run.steps // 10), run.steps, config.max_minutes)
@@ -550,6 +577,15 @@ def fine_tune(run, saved, pool, machine):
         progress.step += 1
     stop_request.restore()
     return progress.history
+
+
+def print_step(run, progress, minutes_a_step):
+    minutes_left = (run.steps - progress.step) * minutes_a_step
+    if run.config.max_minutes:
+        minutes_left = min(minutes_left, run.config.max_minutes - progress.minutes)
+    width = len(str(run.steps))
+    print(f"step {progress.step:>{width}}/{run.steps} | length {progress.phase} | "
+          f"loss {progress.train_loss():.4f} | ETA {duration(60 * minutes_left)}", flush=True)
 
 
 def validate(model, examples, progress, length, machine):
@@ -691,7 +727,8 @@ class Run:
             "hardware": {"device": machine.name(), "processor": processor(),
                          "cores": os.cpu_count(), "dtype": machine.dtype_name(),
                          "torch": torch.__version__},
-            "learning_rate": {"chosen": config.task_lr, "tried": {}}, "validation": history,
+            "learning_rate": {"chosen": config.task_lr, "tried": {}},  # as older results
+            "validation": history,
             "tests": tests, "rows": rows, "run": self.identity, "config": asdict(config)})
         print(f"written to {self.result}")
 

@@ -172,16 +172,16 @@ def duration(seconds):
 
 
 class StopRequest:
-    """Whether SIGINT or SIGTERM asked to stop: its number, or 0. A second one kills."""
+    """Notes a SIGINT or SIGTERM as `signal`, which is 0 before. A second one kills."""
 
     def __init__(self):
-        self.asked = 0
+        self.signal = 0
         self.handlers = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             self.handlers[number] = signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        self.asked = number
+        self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
     def restore(self):

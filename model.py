@@ -32,13 +32,13 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = False                  # in Linear and LayerNorm; GPT-2 has them
+    bias: bool = False                  # biases in Linear and LayerNorm; GPT-2 has them
     pos: str = "rope"                   # 'rope', 'absolute' (learned) or 'none'
     rope_base: float = 10000.0
     yarn_scale: float = 1.0             # YaRN's s: window / original window; 1: plain RoPE
     original_block_size: int | None = None  # the window before YaRN; None: this block_size
-    beta_fast: float = 32.0             # YaRN keeps what turns more often per original window,
-    beta_slow: float = 1.0              # and divides by s what turns less often than this
+    beta_fast: float = 32.0             # YaRN keeps frequencies with more turns per old window
+    beta_slow: float = 1.0              # YaRN divides those with fewer turns than this by s
     meta_id: int | None = 50257         # None: a model without meta-tokens
     meta_attention: bool = True
     zero_meta_pos: bool = False         # "No Pos": meta-tokens have no position
@@ -46,7 +46,7 @@ class GPTConfig:
     text_vocab_size: int | None = None  # ids below it may be sampled; None: those below meta_id
 
     def __post_init__(self):
-        if self.original_block_size is None:  # so that replace() can change the window alone
+        if self.original_block_size is None:  # stored: replace(config, block_size=...) keeps it
             self.original_block_size = self.block_size
         if self.text_vocab_size is None:
             self.text_vocab_size = self.vocab_size if self.meta_id is None else self.meta_id
@@ -93,8 +93,10 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)    # (B, nh, T, hs)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        mask = None                             # None: causal
-        if cache is not None:                   # (B, nh, S, hs): of the tokens before, too
+        mask = None                             # None: the causal mask
+        if cache is not None:
+            # k and v, (B, nh, S, hs), now include earlier tokens. The mask says which
+            # of S each of T may see. It is None only for a prompt, where S = T.
             k, v, mask = cache.update(self.layer, k, v)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None,
@@ -116,7 +118,7 @@ class MLP(nn.Module):
 
 
 class MetaTokens:
-    """Where a batch has its meta-tokens: gathers their rows, and adds updates to them.
+    """Where the meta-tokens of a batch are: gathers their rows, adds updates to them.
 
     The paper (section 3) writes meta-attention over all T tokens:
 
@@ -129,8 +131,8 @@ class MetaTokens:
     """
 
     def __init__(self, is_meta, n_meta):
-        """is_meta (B, T), bool; n_meta: no sequence has more of them (M in shapes)."""
-        # Positions sorted by (0 for a meta-token, 1 for text), else in their order
+        """is_meta (B, T), bool; n_meta: M, the most meta-tokens in any sequence."""
+        # Positions sorted by 0 for a meta-token and 1 for text; ties keep their order
         meta_first = (~is_meta).int().argsort(dim=1, stable=True)          # (B, T)
         self.index = meta_first[:, :n_meta]                                # (B, M)
         self.is_real = is_meta.gather(1, self.index)                       # (B, M)
@@ -139,7 +141,7 @@ class MetaTokens:
     def gather(self, x):
         """The rows of the meta-tokens: (B, T, C) -> (B, M, C).
 
-        A sequence with fewer than M of them is padded with text behind its meta-tokens.
+        A sequence with fewer than M of them is padded with text after its meta-tokens.
         Causality hides the padding from the real rows, and `add` drops it.
         """
         return x.gather(1, self.index.unsqueeze(-1).expand(-1, -1, x.size(-1)))
@@ -188,7 +190,7 @@ def rope_frequencies(config, device=None):
         return inv_freq, 1.0
 
     def index_of(turns):
-        """The (fractional) index of the frequency that turns so often per window.
+        """The (fractional) index of the frequency that makes `turns` per window.
 
         It solves 2 pi base^(2i / d) = original window / turns for i.
         """
@@ -196,7 +198,7 @@ def rope_frequencies(config, device=None):
         return d * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_base))
 
     # The fast frequencies, up to index `low`, stay. The slow ones, from `high` on, are
-    # divided by s. (The bound d - 1 is from YaRN's code, though the last is d/2 - 1.)
+    # divided by s. (The last index is d/2 - 1; the bound d - 1 is that of YaRN's code.)
     low = max(math.floor(index_of(config.beta_fast)), 0)
     high = min(math.ceil(index_of(config.beta_slow)), d - 1)
     index = torch.arange(d // 2, dtype=torch.float32, device=device)
@@ -246,14 +248,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         for h, y in zip(x.split(chunk), targets.split(chunk)):
             is_target = (y >= 0).unsqueeze(1).to(dtype)                    # (n, 1)
             y = y.clamp(min=0).unsqueeze(1)                                # (n, 1)
-            product = F.linear(h, weight)                                  # (n, vocab_size)
+            product = F.linear(h, weight)       # (n, vocab_size), bfloat16 under autocast
             logits = product.to(dtype)
             log_z = logits.logsumexp(1, keepdim=True)                      # (n, 1)
             log_p = logits.gather(1, y) - log_z                            # (n, 1)
             loss -= (log_p * is_target).sum()
             if needs_grad:
                 # d loss / d logits = softmax - one_hot, and 0 where there is no target.
-                # p - 1 in float32: in bfloat16, a p near 1 has rounded to 1.
+                # The targets' p - 1 is computed in float32 and written over their p: in
+                # bfloat16, a p near 1 is 1, and would leave no gradient.
                 softmax = logits.sub_(log_z).exp_().mul_(is_target).to(product.dtype)
                 p_minus_1 = ((log_p.exp() - 1) * is_target).to(product.dtype)
                 grad = softmax.scatter_(1, y, p_minus_1)
@@ -300,7 +303,7 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def num_params(self):
-        """All parameters but learned positions, as nanoGPT counts (GPT-2: 124M)."""
+        """All parameters except learned positions, as in nanoGPT (GPT-2: 124M)."""
         return sum(p.numel() for name, p in self.named_parameters() if "wpe" not in name)
 
     def flops_per_token(self, T, n_meta=0):
@@ -322,7 +325,7 @@ class GPT(nn.Module):
 
         idx (B, T): token ids; targets (B, T): the next ones, -1 where there is nothing
         to predict; logits (B, T, vocab_size); loss: see `loss`. n_meta: how many
-        meta-tokens a sequence has at most (meta-attention would leave out any more).
+        meta-tokens a sequence has at most (any more would get no meta-attention).
         Without it they are counted, which makes the host wait for the GPU.
         """
         x = self.hidden_states(idx, n_meta)                                # (B, T, C)
@@ -357,8 +360,9 @@ class GPT(nn.Module):
         if cache is None:
             positions = torch.arange(T, device=idx.device)
         else:
-            is_real = torch.ones_like(is_meta)
-            positions = cache.advance(is_real)  # (T,): makes room for them in the cache
+            # Reserve a slot for each new token (none is padding), and get its position
+            no_padding = torch.ones_like(is_meta)
+            positions = cache.advance(no_padding)                          # (T,)
         positions = positions.unsqueeze(0)                                 # (1, T)
 
         x = self.transformer.wte(idx)                                      # (B, T, C)
@@ -378,7 +382,7 @@ class GPT(nn.Module):
             rope = rope_tables(c, positions)
         meta = self.find_meta(is_meta, positions, n_meta)
         if meta is not None and meta_cache is not None:
-            meta_cache.advance(meta.is_real)    # later tokens must not see the padding
+            meta_cache.advance(meta.is_real)    # slots for M rows; nobody sees padding
         for block in self.transformer.h:
             x = block(x, rope, meta, cache, meta_cache)
         return self.transformer.ln_f(x)
@@ -407,7 +411,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, **options):
-        """The prompt idx (B, T) and what follows it, meta-tokens included.
+        """The prompt idx (B, T) and its continuation, with the meta-tokens in it.
 
         options: see `stream` in sample.py.
         """
@@ -415,9 +419,9 @@ class GPT(nn.Module):
         return torch.cat([idx, *stream(self, idx, max_new_tokens, **options)], dim=1)
 
     def reconfigured(self, **changes):
-        """A copy with changes to settings that the parameters do not depend on.
+        """A copy, on the CPU, with changed settings that leave the parameters alone.
 
-        These are block_size (but not with learned positions), yarn_scale, dropout,
+        Such are block_size (but not with learned positions), yarn_scale, dropout,
         zero_meta_pos and zero_meta_embd. Raises ValueError if they cannot be combined.
         """
         model = GPT(replace(self.config, **changes))
@@ -426,11 +430,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def with_meta_tokens(self, meta_id, meta_attention=True):
-        """A copy, with meta-tokens added. For text, its logits of text are the same.
+        """A copy, on the CPU, with meta-tokens added to a model that has none.
 
-        Meta-attention's output starts at zero. New rows of the embedding start at the
-        mean of the text's. (At zero their logits would be 0, and a trained GPT-2 has
-        logits far below 0: they would take all the probability.)
+        Given text alone, it gives text ids the same logits. Meta-attention's output
+        starts at zero. New rows of the embedding start at the mean of the text rows.
+        (At zero their logits would be 0, and a trained GPT-2's are far below 0: the new
+        ids would take all the probability.)
         """
         c = self.config
         vocab_size = max(c.vocab_size, pad_vocab(meta_id + 1))

@@ -32,12 +32,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 # Below, `config` is a Config: all settings, and where each was set.
 #   config.given(name)              whether a config file or the command line has set it
-#   config.typed(name)              whether the command line has
-#   config.remember(saved, names)   takes those that were not given from a dictionary
+#   config.given_values(names)      {name: value} of those that were given
+#   config.typed(name)              whether the command line has set it
+#   config.remember(saved, names)   sets those not given to what the dictionary `saved`
+#                                   says; they still do not count as given
 #   config.checked(function, ...)   calls it, and turns a ValueError into config.error
 #   config.error(message)           a SystemExit of one line, to be raised
 
-# A resumed run remembers all settings of the checkpoint but these:
+# A resumed run remembers all settings of the checkpoint but these, and those given now:
 OF_THIS_RUN = {"init_from", "out_dir", "overwrite", "eval_only", "device", "dtype", "compile"}
 
 
@@ -49,7 +51,7 @@ def shuffled(positions, n, seed, epoch):
 
     This gives the order of an epoch without storing it. A Feistel network permutes
     range(4**half), the smallest such range that holds n numbers. A result of n or more
-    is permuted again, until it is below n.
+    is permuted again, until it is below n: this is still one-to-one.
     """
     half = np.uint64(max(((n - 1).bit_length() + 1) // 2, 1))
     low_bits = (np.uint64(1) << half) - np.uint64(1)
@@ -70,9 +72,9 @@ def shuffled(positions, n, seed, epoch):
 
 
 def blocks_of_samples(samples, n_blocks, seed):
-    """The number of the block that each sample is (both uint64 arrays).
+    """Map numbers of samples to numbers of blocks (uint64 arrays).
 
-    Samples are numbered from the first step on. Sample s is the block at position
+    Sample s, counted from the start of the run, reads the block at position
     s % n_blocks in the shuffled order of epoch s // n_blocks.
     """
     epochs, positions = np.divmod(samples, np.uint64(n_blocks))
@@ -131,7 +133,7 @@ def optimizer_step(losses, model, optimizer, scaler, grad_clip):
     """Take one step. Returns (loss, norm of the gradient), tensors on the device.
 
     losses: an iterator that computes the losses of this process's micro-batches one by
-    one, each divided by their number. grad_clip 0 does not clip.
+    one, each divided by their number. grad_clip=0 turns clipping off.
     """
     total = 0.0
     for loss in losses:
@@ -146,7 +148,7 @@ def optimizer_step(losses, model, optimizer, scaler, grad_clip):
 
 
 def micro_losses(model, batches, machine, config, step, n_meta):
-    """Yield the losses of this process's micro-batches of a step, over their number.
+    """Yield the losses of this process's micro-batches in a step, over their number.
 
     n_meta: meta-tokens in each block.
     """
@@ -169,8 +171,8 @@ def seed_dropout(*numbers):
 
 
 def diverged(loss, norm, scaler):
-    """Whether training has failed. A GradScaler may skip steps of infinite norm."""
-    if scaler.is_enabled():
+    """Whether training has failed."""
+    if scaler.is_enabled():  # it skips a step of infinite norm, and lowers its scale
         return not math.isfinite(loss)
     return not (math.isfinite(loss) and math.isfinite(norm))
 
@@ -236,16 +238,18 @@ def new_model_config(config, text_vocab_size):
 def open_trained(config, path):
     """(model, checkpoint) at a path. Copies its architecture and tokenizer into config.
 
-    Raises SystemExit if the file is bad, or if config asks for another architecture.
+    config may change some settings, checkpoint.MAY_CHANGE, which is said in a line.
+    Raises SystemExit if it asks for another architecture, or if the file is bad.
     """
     given = config.given_values(("tokenizer", *checkpoint.ARCHITECTURE))
     model, saved = config.checked(checkpoint.load_trained, path, given)
     config.tokenizer = saved["settings"]["tokenizer"]
+    asked = config.meta_attention
     for name in checkpoint.ARCHITECTURE:
-        if name == "meta_attention" and model.config.meta_id is None:
-            continue  # keep what was asked for: open_model may add it with meta-tokens
         setattr(config, name, getattr(model.config, name))
-    for name, before in saved.get("model_config", {}).items():
+    if model.config.meta_id is None:
+        config.meta_attention = asked  # it may still be added, together with meta-tokens
+    for name, before in saved.get("model_config", {}).items():  # OpenAI's GPT-2 has none
         if name in given and given[name] != before:
             print(f"{name}={given[name]} replaces the checkpoint's {before} "
                   f"({config.origin[name]})", file=sys.stderr)
@@ -300,14 +304,15 @@ def open_model(config, manifest, trained):
     if trained.config.meta_id is None:
         if config.meta_rate > 0:
             return trained.with_meta_tokens(manifest["meta_id"], config.meta_attention)
-        if config.given("meta_attention"):  # the default, True, is no request for it
-            check_meta_tokens(config)
+        if config.given("meta_attention"):  # only then: True is also the default
+            check_meta_tokens(config)       # refuses True, as there are no meta-tokens
     return trained
 
 
 def evaluate_saved(config, machine):
-    """Print the validation loss of a trained model."""
+    """Print the validation loss of out_dir's model, or of the --init_from= typed."""
     trained, saved, _ = load_saved(config)
+    # How meta-tokens are placed comes with the model. Which text to read does not.
     config.remember(saved["settings"], ("meta_rate", "meta_placement"))
     manifest = open_data(config, machine)
     if trained.config.meta_id is None and config.meta_rate > 0:
@@ -337,6 +342,7 @@ def train(config):
     # Where, on what, from what
     machine = config.checked(Machine, config.device, config.dtype, config.compile)
     if config.init_from == "resume":
+        # Read it for its settings first: open_trained below depends on them
         saved_settings = config.checked(checkpoint.load, config.out_dir)["settings"]
         config.remember(saved_settings, saved_settings.keys() - OF_THIS_RUN)
     torch.manual_seed(config.seed)
@@ -362,8 +368,8 @@ def train(config):
         progress = Progress(saved["step"], saved["minutes"], saved["best_val_loss"],
                             saved.get("evaluated", saved["step"]))  # older files lack it
     del trained, saved
-    # One set of weights: raw_model; local_model, compiled; model, which also averages
-    # its gradients over the processes
+    # Three views of the same weights: raw_model; local_model, which is compiled; and
+    # model, which also averages the gradients over the processes
     local_model = torch.compile(raw_model) if machine.compile else raw_model
     model = distributed(local_model, machine, raw_model.config.meta_attention,
                         train_blocks.n_meta)
@@ -387,13 +393,13 @@ def train(config):
     logged_step, stop_signal = first_step, 0
 
     while True:
-        # All processes must stop at the same step. They agree on it, and on the time,
-        # every log_interval steps, as this takes time
+        # All processes must decide alike whether to stop, so they share the signal and
+        # the clock: several processes only every log_interval steps, as it takes time
         step = progress.step
         if machine.world == 1 or step % config.log_interval == 0:
             minutes = minutes_before + (time.monotonic() - started) / 60
             stop_signal, progress.minutes = machine.all_reduce(
-                [stop_request.asked, minutes], dist.ReduceOp.MAX)
+                [stop_request.signal, minutes], dist.ReduceOp.MAX)
         done = step >= config.max_iters or 0 < config.max_minutes <= progress.minutes
         is_eval_due = (step % config.eval_interval == 0 or done) and progress.evaluated != step
 
@@ -405,7 +411,7 @@ def train(config):
             loss_sum.zero_()
             logged_step = step
         elif machine.compile and step == first_step + 1:
-            machine.synchronize()       # the first step also compiled: do not count it
+            machine.synchronize()       # leave the compilation out of the next line
             speed.restart(step)
 
         if stop_signal:
@@ -438,8 +444,9 @@ def train(config):
 
     stop_request.restore()
     if stop_signal:
-        # 128 + signal is what a shell expects: `train.py && next` does not go on. Only
-        # the first process fails, once it has saved: torchrun kills all if one fails.
+        # 128 + signal is what a shell expects: `train.py && next` does not go on.
+        # torchrun kills all processes when one fails, so only the first returns it: it
+        # has saved by now.
         raise SystemExit(128 + int(stop_signal) if machine.rank == 0 else 0)
     if machine.rank == 0:
         print_sample(raw_model, config, progress.best_val_loss)
