@@ -4,23 +4,27 @@
     python eval_synthetic.py config/quickstart.py --init_from=out --task=all
     python results/plot_synthetic.py results/*.json     # a figure and tables
 
+It gives a model meta-tokens where they might help, and controls: other marks, other
+places. (Meta-attention is a second attention in each block, among meta-tokens only.)
+
 The tasks are those of the paper's section 4 and appendix D. An example is a prompt and
 its answer. A prompt consists of units (lists, bit strings or texts, each with a name)
 and a question about one of them. Marks stand at some places in it. A mark is the
 meta-token (--marker=meta), a token that the model never saw (fresh), or a plain '#'
 (text). --placement says where the marks are:
 
-    task      at the unit in question, as in the paper: they tell which one matters
+    task      at the unit in question (in List Recall also after "Answer:"), as in the
+              paper: they tell which unit matters
     all       at every unit alike: they tell nothing
     random    as many as with `task`, anywhere
     none      nowhere
 
-The text of an example is the same whatever its marks: its length is counted with a mark
-at every place that can have one. "exact" is the share of examples whose answer is right
-in every token.
+The text of an example is the same whatever its marks. Its length counts a mark at every
+place that `all` would mark, whether one stands there or not. "exact" is the share of
+examples whose answer is right in every token.
 
 Writes results/<name>.json, and the fine-tuned model to <out_dir>/<name>.pt. The same
-command goes on after a kill, and takes the same steps (unless --max_minutes is set).
+command resumes after a kill, and takes the same steps (unless --max_minutes is set).
 """
 import copy
 import hashlib
@@ -35,7 +39,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import NamedTuple
@@ -51,15 +55,16 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-# Below, `config` is a Config. train.py lists what it offers: typed, checked, error ...
+# Below, `config` is a Config: all settings. train.py lists its methods; another one is
+# config.numbers(name, kind, expected), which reads a setting such as 128,256,512.
 
 GO_ON = "the same command, without --overwrite, goes on"
 
 # --------------------------------------------------------------------------------------
 # The tasks: functions that draw a Unit. `word` is what Segment Counting counts.
 
-# Behind a space each word is one token of GPT-2's BPE, and four bytes: the length of a
-# text follows from its number of words.
+# Behind a space each word is one token of GPT-2's BPE, and four of the byte tokenizer:
+# the length of a text follows from its number of words.
 WORDS = re.findall(r"\w+", """
 act age aid aim air ale ape arc arm art ash axe bad bag bar bat bay bed bee bet big bin bit
 bow box boy bud bug bus buy cab can cap car cat cop cow cry cub cup cut dad dam day den dig
@@ -136,7 +141,7 @@ TASKS = {task.__name__: task for task in (list_recall, segment_counting, parity,
 
 @dataclass(frozen=True)
 class Stream:
-    """An endless series of numbered examples, by all that they depend on."""
+    """What identifies a series of examples. `draw` draws them by number."""
     task: str
     placement: str      # of marks: 'task', 'all', 'random' or 'none', see above
     mark: int | None    # its id; None: no marks
@@ -163,9 +168,10 @@ def length_of(text, encoding):
 
 @cache
 def min_length(task, encoding):
-    """The length of the longest of 500 examples with one unit, answer included.
+    """The most tokens that one unit, its question and its answer can take.
 
-    No example is shorter: filler makes up for it.
+    No example is shorter (filler makes up for it), so that they always fit. 500 draws
+    find the longest: it comes up once in 45, or more often.
     """
     rng = np.random.default_rng(0)
     units = [TASKS[task](NAMES[0], ITEMS[0], rng) for _ in range(500)]
@@ -253,7 +259,8 @@ def split_of(prompt):
 
 
 def draw(stream, split, length, number, exactly=None):
-    """Example `number` of a split: over length/2 to length tokens, or `exactly` many.
+    """Example `number` of a split: more than length/2 and at most length tokens, or
+    `exactly` so many.
 
     It depends on these arguments alone, and is drawn again until it is in the split.
     """
@@ -270,14 +277,14 @@ class Request(NamedTuple):
     """What a worker process is to draw: arguments of `draw`, for several numbers."""
     stream: Stream
     split: str
-    length: int
+    longest: int                 # `length` of draw
     numbers: range
     exactly: int | None = None
 
 
 def draw_all(request):
-    stream, split, length, numbers, exactly = request
-    return [draw(stream, split, length, number, exactly) for number in numbers]
+    stream, split, longest, numbers, exactly = request
+    return [draw(stream, split, longest, number, exactly) for number in numbers]
 
 
 def draw_split(pool, stream, split, length, n):
@@ -328,7 +335,7 @@ def open_model(config):
     checkpoint it is. Raises SystemExit if model and mark do not go together.
     """
     torch.manual_seed(config.seed)  # for the meta-attention that --add_meta makes
-    model, saved, path = train.load_saved(config)
+    model, saved, path = train.load_saved(config)  # sets config.tokenizer and others
     identity = {"path": os.path.normpath(path), "step": saved["step"],
                 "seed": saved["settings"].get("seed"),
                 "sha256_of_weights": checkpoint.sha256_of_weights(model)}
@@ -336,8 +343,8 @@ def open_model(config):
     if config.add_meta:
         if model.config.meta_id is not None:
             raise config.error(f"add_meta={config.add_meta}, but the checkpoint has meta-tokens")
-        # Add meta-attention, too, unless --meta_attention=False was typed. (In a config
-        # file, False only describes the pre-trained model.)
+        # Only a typed --meta_attention=False leaves meta-attention out: in a config
+        # file, it describes the pre-trained model.
         with_attention = config.meta_attention or not config.typed("meta_attention")
         model = model.with_meta_tokens(encoding.n_vocab, with_attention)
     mark = None
@@ -375,13 +382,15 @@ def with_fresh_token(model, token):
 #   no_meta_attention  meta-attention is skipped
 #   no_meta            the marks are taken out of the prompts
 
+# Settings of model.config. hidden_states reads them each time: nothing is built anew.
 ABLATIONS = {"no_pos": {"zero_meta_pos": True}, "no_embed": {"zero_meta_embd": True},
              "no_meta_attention": {"meta_attention": False}}
 
 
 def possible_rows(model, mark):
     """The rows that make a difference, for this model and its mark's id."""
-    c, is_meta = model.config, mark is not None and mark == model.config.meta_id
+    c = model.config
+    is_meta = mark is not None and mark == c.meta_id
     possible = {"full": True, "no_pos": is_meta and c.pos != "none",
                 "no_pos_meta": is_meta and c.meta_attention and c.pos == "rope",
                 "no_embed": is_meta, "no_meta_attention": is_meta and c.meta_attention,
@@ -408,7 +417,7 @@ def ablated(model, row):
 def answer_states(model, x, at, device):
     """Hidden states (B, A, C) of x (B, T) at positions `at` (B, A), both on the CPU."""
     n_meta = 0
-    if model.config.meta_id is not None:  # count them here: on the GPU one would wait
+    if model.config.meta_id is not None:  # counted on the CPU: the GPU would have to wait
         n_meta = int((x == model.config.meta_id).sum(1).max())
     h = model.hidden_states(x.to(device, non_blocking=True), n_meta)     # (B, T, C)
     at = at.to(device, non_blocking=True).unsqueeze(-1)                  # (B, A, 1)
@@ -479,7 +488,7 @@ SOLVED = 0.99                          # exact match in validation at which --st
 
 @dataclass
 class Progress:
-    """How far a fine-tuning has come; part of its checkpoints."""
+    """How far fine-tuning has come; part of its checkpoints."""
     step: int = 0
     minutes: float = 0.0
     phase: int = 0      # of the last step
@@ -496,19 +505,20 @@ def requests(run, progress):
     """Yield a Request for every step to come.
 
     All examples of a step have one length, which saves padding: one between half the
-    phase's longest and its longest. `progress` goes on meanwhile, so with max_minutes
-    a phase begins late by the steps that are drawn ahead.
+    phase's longest and its longest. This runs up to 32 steps ahead of training. With
+    max_minutes it goes by the minutes at that moment, so that phases begin late.
     """
     config = run.config
     n, shortest = config.task_batch_size, min_length(config.task, get_encoding(config.tokenizer))
-    for step in itertools.count(progress.step):
+    for step in range(progress.step, run.steps):
         share_done = step / run.steps
         if config.max_minutes:
             share_done = max(share_done, progress.minutes / config.max_minutes)
         phase = run.phases[min(int(share_done * len(run.phases)), len(run.phases) - 1)]
         rng = np.random.default_rng([config.seed, step])
         length = int(rng.integers(max(phase // 2 + 1, shortest), phase + 1))
-        yield Request(run.stream, "train", phase, range(step * n, (step + 1) * n), length)
+        numbers = range(step * n, (step + 1) * n)
+        yield Request(run.stream, "train", longest=phase, numbers=numbers, exactly=length)
 
 
 def micro_losses(model, x, at, y, machine):
@@ -550,7 +560,7 @@ def fine_tune(run, saved, pool, machine):
             minutes_a_step = (progress.minutes - first_minutes) / (step - first_step)
             print_step(run, progress, minutes_a_step)
         is_over = step >= run.steps or 0 < config.max_minutes <= progress.minutes
-        # Without losses since the last validation, this step was validated already
+        # No losses: at the start, or resumed at a step that was validated already
         if (is_over or step % config.val_interval == 0) and progress.losses:
             exact, loss = validate(model, validation, progress, config.train_length, machine)
             is_solved = exact >= SOLVED and progress.phase == run.phases[-1]
@@ -563,10 +573,11 @@ def fine_tune(run, saved, pool, machine):
             raise SystemExit(f"stopped at step {step}; {GO_ON} from there")
 
         request, examples = next(batches)
-        progress.phase = request.length
+        progress.phase = request.longest
         lr = train.learning_rate(
-            step, progress.minutes, config.task_lr, config.task_lr / 10,
-            min(config.task_warmup, run.steps // 10), run.steps, config.max_minutes)
+            step, progress.minutes, peak=config.task_lr, floor=config.task_lr / 10,
+            warmup=min(config.task_warmup, run.steps // 10), steps=run.steps,
+            max_minutes=config.max_minutes)
         for group in optimizer.param_groups:
             group["lr"] = lr
         if config.dropout > 0:
@@ -674,8 +685,12 @@ class Run:
                                f"marker allow: {', '.join(possible)}")
 
     def go(self, pool, machine):
-        """Fine-tune, measure and write the result, or go on with what was begun."""
+        """Fine-tune, measure and write the result, or resume what was begun."""
         config = self.config
+        if config.overwrite:  # now, so that the same command without it can resume
+            for path in (self.result, self.checkpoint):
+                with suppress(FileNotFoundError):
+                    os.remove(path)
         result = self.find(self.result, read_result)
         if result and all(result["config"][name] == getattr(config, name) for name in MEASURED_BY):
             return print(f"{self.result} is there already")
@@ -696,7 +711,7 @@ class Run:
 
     def find(self, path, load):
         """What an earlier run with the same settings left in a file, or None."""
-        if not os.path.exists(path) or self.config.overwrite:
+        if not os.path.exists(path):
             return None
         found = self.config.checked(load, path)
         if found.get("run") != self.identity:
@@ -727,7 +742,6 @@ class Run:
             "hardware": {"device": machine.name(), "processor": processor(),
                          "cores": os.cpu_count(), "dtype": machine.dtype_name(),
                          "torch": torch.__version__},
-            "learning_rate": {"chosen": config.task_lr, "tried": {}},  # as older results
             "validation": history,
             "tests": tests, "rows": rows, "run": self.identity, "config": asdict(config)})
         print(f"written to {self.result}")
@@ -774,6 +788,7 @@ def commit():
 # --------------------------------------------------------------------------------------
 # The script
 
+# What --help lists: all settings of a group, and these
 GROUPS = (settings.Tasks, "init_from", "out_dir", "overwrite", "max_minutes", "weight_decay",
           "beta1", "beta2", "grad_clip", "dropout", "block_size", "yarn_scale", "zero_meta_pos",
           "zero_meta_embd", "log_interval", "seed", "workers", "device", "dtype")
@@ -796,7 +811,7 @@ def main(argv=None):
                     own.label = f"{config.label} {marker}"
                 runs.append(Run(own))
             while runs:
-                runs.pop(0).go(pool, machine)  # and lets go of its model
+                runs.pop(0).go(pool, machine)  # popped, so that its model is then freed
     except (KeyboardInterrupt, BrokenExecutor):  # the latter: a worker was killed
         raise SystemExit(f"error: interrupted; {GO_ON}") from None
     except torch.OutOfMemoryError:

@@ -46,7 +46,7 @@ class GPTConfig:
     text_vocab_size: int | None = None  # ids below it may be sampled; None: those below meta_id
 
     def __post_init__(self):
-        if self.original_block_size is None:  # stored: replace(config, block_size=...) keeps it
+        if self.original_block_size is None:  # kept when a replace() changes block_size
             self.original_block_size = self.block_size
         if self.text_vocab_size is None:
             self.text_vocab_size = self.vocab_size if self.meta_id is None else self.meta_id
@@ -87,12 +87,12 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rope=None, cache=None):
         """x (B, T, C) -> (B, T, C). rope: cos and sin of the tokens' positions."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)                           # each (B, T, C)
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)    # (B, nh, T, hs)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)    # (B, nh, T, hs)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)    # (B, nh, T, hs)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        qkv = qkv.permute(2, 0, 3, 1, 4)                                   # (3, B, nh, T, hs)
+        qk, v = qkv[:2], qkv[2]
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+            qk = rotate(qk, rope)               # both at once: half as many kernels
+        q, k = qk                                                          # (B, nh, T, hs) each
         mask = None                             # None: the causal mask
         if cache is not None:
             # k and v, (B, nh, S, hs), now include earlier tokens. The mask says which
@@ -141,8 +141,8 @@ class MetaTokens:
     def gather(self, x):
         """The rows of the meta-tokens: (B, T, C) -> (B, M, C).
 
-        A sequence with fewer than M of them is padded with text after its meta-tokens.
-        Causality hides the padding from the real rows, and `add` drops it.
+        A sequence with fewer than M of them gets rows of text as padding, behind its
+        own. Causality hides the padding from the real rows, and `add` drops it.
         """
         return x.gather(1, self.index.unsqueeze(-1).expand(-1, -1, x.size(-1)))
 
@@ -214,9 +214,9 @@ def rope_tables(config, positions):
 
 
 def rotate(x, rope):
-    """Turn each pair (x[i], x[i + hs/2]) of x (B, nh, T, hs) by its token's angle."""
+    """Rotate each pair (x[i], x[i + hs/2]) of x (..., T, hs) by its token's angle."""
     cos, sin = rope                                                        # (B or 1, 1, T, hs/2)
-    x1, x2 = x.chunk(2, dim=-1)                                            # (B, nh, T, hs/2)
+    x1, x2 = x.chunk(2, dim=-1)                                            # (..., T, hs/2)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 
@@ -360,9 +360,9 @@ class GPT(nn.Module):
         if cache is None:
             positions = torch.arange(T, device=idx.device)
         else:
-            # Reserve a slot for each new token (none is padding), and get its position
-            no_padding = torch.ones_like(is_meta)
-            positions = cache.advance(no_padding)                          # (T,)
+            # Reserve a slot for each new token, and get its position
+            is_real = torch.ones_like(is_meta)  # no padding
+            positions = cache.advance(is_real)                             # (T,)
         positions = positions.unsqueeze(0)                                 # (1, T)
 
         x = self.transformer.wte(idx)                                      # (B, T, C)
@@ -411,9 +411,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, **options):
-        """The prompt idx (B, T) and its continuation, with the meta-tokens in it.
+        """The prompt idx (B, T) as it is, and its continuation.
 
-        options: see `stream` in sample.py.
+        options: see `stream` in sample.py, which samples text and inserts meta-tokens.
         """
         from sample import stream  # imported here because sample.py imports this file
         return torch.cat([idx, *stream(self, idx, max_new_tokens, **options)], dim=1)
@@ -439,6 +439,7 @@ class GPT(nn.Module):
         """
         c = self.config
         vocab_size = max(c.vocab_size, pad_vocab(meta_id + 1))
+        # Without meta-tokens text_vocab_size may count padding, which starts at meta_id
         n_text = min(c.text_vocab_size, meta_id)
         model = GPT(replace(c, vocab_size=vocab_size, meta_id=meta_id, text_vocab_size=n_text,
                             meta_attention=meta_attention))

@@ -39,7 +39,8 @@ from torch.nn.parallel import DistributedDataParallel
 #   config.checked(function, ...)   calls it, and turns a ValueError into config.error
 #   config.error(message)           a SystemExit of one line, to be raised
 
-# A resumed run remembers all settings of the checkpoint but these, and those given now:
+# When a run is resumed, its settings come from the checkpoint, except those given again
+# and these:
 OF_THIS_RUN = {"init_from", "out_dir", "overwrite", "eval_only", "device", "dtype", "compile"}
 
 
@@ -72,7 +73,7 @@ def shuffled(positions, n, seed, epoch):
 
 
 def blocks_of_samples(samples, n_blocks, seed):
-    """Map numbers of samples to numbers of blocks (uint64 arrays).
+    """Map indices of samples to indices of blocks (uint64 arrays).
 
     Sample s, counted from the start of the run, reads the block at position
     s % n_blocks in the shuffled order of epoch s // n_blocks.
@@ -238,17 +239,16 @@ def new_model_config(config, text_vocab_size):
 def open_trained(config, path):
     """(model, checkpoint) at a path. Copies its architecture and tokenizer into config.
 
-    config may change some settings, checkpoint.MAY_CHANGE, which is said in a line.
+    Settings of checkpoint.MAY_CHANGE may differ from the checkpoint's. A line says so.
     Raises SystemExit if it asks for another architecture, or if the file is bad.
     """
     given = config.given_values(("tokenizer", *checkpoint.ARCHITECTURE))
     model, saved = config.checked(checkpoint.load_trained, path, given)
     config.tokenizer = saved["settings"]["tokenizer"]
-    asked = config.meta_attention
     for name in checkpoint.ARCHITECTURE:
+        if name == "meta_attention" and model.config.meta_id is None:
+            continue  # leave it as asked: open_model may still add meta-attention
         setattr(config, name, getattr(model.config, name))
-    if model.config.meta_id is None:
-        config.meta_attention = asked  # it may still be added, together with meta-tokens
     for name, before in saved.get("model_config", {}).items():  # OpenAI's GPT-2 has none
         if name in given and given[name] != before:
             print(f"{name}={given[name]} replaces the checkpoint's {before} "
@@ -304,8 +304,9 @@ def open_model(config, manifest, trained):
     if trained.config.meta_id is None:
         if config.meta_rate > 0:
             return trained.with_meta_tokens(manifest["meta_id"], config.meta_attention)
-        if config.given("meta_attention"):  # only then: True is also the default
-            check_meta_tokens(config)       # refuses True, as there are no meta-tokens
+        # The default asks for meta-attention. Complain only if the user did.
+        if config.given("meta_attention"):
+            check_meta_tokens(config)
     return trained
 
 
@@ -342,7 +343,7 @@ def train(config):
     # Where, on what, from what
     machine = config.checked(Machine, config.device, config.dtype, config.compile)
     if config.init_from == "resume":
-        # Read it for its settings first: open_trained below depends on them
+        # Take over its settings first, as all that follows depends on them
         saved_settings = config.checked(checkpoint.load, config.out_dir)["settings"]
         config.remember(saved_settings, saved_settings.keys() - OF_THIS_RUN)
     torch.manual_seed(config.seed)
@@ -393,15 +394,17 @@ def train(config):
     logged_step, stop_signal = first_step, 0
 
     while True:
-        # All processes must decide alike whether to stop, so they share the signal and
-        # the clock: several processes only every log_interval steps, as it takes time
+        # All processes must decide alike whether to stop, so they exchange the signal
+        # and the clock. That takes time, so they do it every log_interval steps only.
         step = progress.step
         if machine.world == 1 or step % config.log_interval == 0:
             minutes = minutes_before + (time.monotonic() - started) / 60
             stop_signal, progress.minutes = machine.all_reduce(
                 [stop_request.signal, minutes], dist.ReduceOp.MAX)
         done = step >= config.max_iters or 0 < config.max_minutes <= progress.minutes
-        is_eval_due = (step % config.eval_interval == 0 or done) and progress.evaluated != step
+        is_eval_due = step % config.eval_interval == 0 or done
+        if progress.evaluated == step:  # before the run was stopped and resumed
+            is_eval_due = False
 
         if step > logged_step and (step % config.log_interval == 0 or is_eval_due or stop_signal):
             [total] = machine.all_reduce([loss_sum.item()])
@@ -432,9 +435,10 @@ def train(config):
         if done:
             break
 
-        lr = learning_rate(step, progress.minutes, config.learning_rate, config.min_lr,
-                           config.warmup_iters, config.lr_decay_iters or config.max_iters,
-                           config.max_minutes)
+        lr = learning_rate(
+            step, progress.minutes, peak=config.learning_rate, floor=config.min_lr,
+            warmup=config.warmup_iters, steps=config.lr_decay_iters or config.max_iters,
+            max_minutes=config.max_minutes)
         for group in optimizer.param_groups:
             group["lr"] = lr
         losses = micro_losses(model, batches, machine, config, step, train_blocks.n_meta)
