@@ -597,7 +597,12 @@ class Subject:
         # rate_distortion compares meta-tokens with plain text, which a tuned model has
         # forgotten
         self.reads_plain_text = has_meta and "run" not in self.checkpoint
-        if names != ["rate_distortion"] or self.reads_plain_text:
+        needs_data = {"sharpening", "residual", "perplexity"}
+        if not config.given("start"):
+            needs_data.add("attention")
+        if self.reads_plain_text:
+            needs_data.add("rate_distortion")
+        if needs_data & set(names):
             self.open_data()
         self.model.to(self.device).eval()
 
@@ -612,6 +617,9 @@ class Subject:
             kind = "without" if c.meta_id is None else "with"
             raise config.error(f"{folder} has {n_meta} meta-tokens a block, but the checkpoint is "
                                f"one {kind} meta-tokens: name another --dataset=")
+        if c.pos == "absolute" and manifest["block_size"] > c.block_size:
+            raise config.error(f"{folder} has blocks of {manifest['block_size']} tokens, but "
+                               f"learned positions end at {c.block_size}")
         self.blocks = train.Blocks(folder, manifest, "val")
         self.data = {"dataset": config.dataset, "validation": manifest["splits"]["val"]}
 
@@ -629,6 +637,8 @@ def folder_of(config, path):
         return os.path.join(config.out_dir, "analysis")
     if not path.endswith(".pt"):
         return os.path.join(path, "analysis")
+    if os.path.basename(path) == "ckpt.pt":
+        return os.path.join(os.path.dirname(path), "analysis")
     return os.path.join(os.path.dirname(path), "analysis", checkpoints.stem(path))
 
 

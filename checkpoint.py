@@ -44,7 +44,7 @@ def load_trained(name, given):
                              "leave it out, or train from scratch")
     changes = {setting: given[setting] for setting in MAY_CHANGE if setting in given}
     window = model.config.block_size
-    if model.config.pos == "absolute" and changes.get("block_size", window) != window:
+    if model.config.pos == "absolute" and changes.pop("block_size", window) > window:
         raise ValueError(f"block_size={given['block_size']}, but the checkpoint has learned "
                          f"positions for {window}")
     return model.reconfigured(**changes), checkpoint
@@ -234,7 +234,7 @@ def is_pretrained(name):
     """Whether it names OpenAI's GPT-2, or a folder in Hugging Face's format."""
     if os.path.exists(name):
         return os.path.isfile(os.path.join(name, "config.json"))
-    return name.startswith("gpt2")
+    return name.startswith("gpt2") and not name.endswith(".pt")
 
 
 def load_gpt2(name):

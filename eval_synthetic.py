@@ -347,6 +347,9 @@ def open_model(config):
         # file, it describes the pre-trained model.
         with_attention = config.meta_attention or not config.typed("meta_attention")
         model = model.with_meta_tokens(encoding.n_vocab, with_attention)
+    for name in ("zero_meta_pos", "zero_meta_embd"):
+        if getattr(config, name) and model.config.meta_id is None:
+            raise config.error(f"{name}=True, but the checkpoint has no meta-tokens")
     mark = None
     marker = "none" if config.placement == "none" else config.marker
     if marker == "meta":
@@ -408,10 +411,12 @@ def ablated(model, row):
         rope = rope_tables(whole, position)
         hooks = [block.meta_attn.register_forward_pre_hook(lambda _, args: (args[0], rope))
                  for block in model.transformer.h]
-    yield
-    model.config = whole
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield
+    finally:
+        model.config = whole
+        for hook in hooks:
+            hook.remove()
 
 
 def answer_states(model, x, at, device):
@@ -687,10 +692,6 @@ class Run:
     def go(self, pool, machine):
         """Fine-tune, measure and write the result, or resume what was begun."""
         config = self.config
-        if config.overwrite:  # now, so that the same command without it can resume
-            for path in (self.result, self.checkpoint):
-                with suppress(FileNotFoundError):
-                    os.remove(path)
         result = self.find(self.result, read_result)
         if result and all(result["config"][name] == getattr(config, name) for name in MEASURED_BY):
             return print(f"{self.result} is there already")
@@ -708,6 +709,12 @@ class Run:
         else:
             history = fine_tune(self, saved, pool, machine)
         self.measure_all(history, pool, machine)
+
+    def forget(self):
+        """Remove what an earlier run left in these files."""
+        for path in (self.result, self.checkpoint):
+            with suppress(FileNotFoundError):
+                os.remove(path)
 
     def find(self, path, load):
         """What an earlier run with the same settings left in a file, or None."""
@@ -764,10 +771,12 @@ def read_result(path):
             result = json.load(file)
         result["run"].pop("trial_steps", None)  # older files have it; nothing depends on it
         version = result["format"]
+        for name in ("label", "task", "placement", "seeds", "tests", "rows", "config"):
+            result[name]  # or a KeyError
     except OSError:
         raise SystemExit(f"error: no result {path}: write one with python eval_synthetic.py "
                          "--task=...") from None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         version = None
     if version != FORMAT:
         raise SystemExit(f"error: {path} is not a result of eval_synthetic.py, or not of the "
@@ -789,9 +798,9 @@ def commit():
 # The script
 
 # What --help lists: all settings of a group, and these
-GROUPS = (settings.Tasks, "init_from", "out_dir", "overwrite", "max_minutes", "weight_decay",
-          "beta1", "beta2", "grad_clip", "dropout", "block_size", "yarn_scale", "zero_meta_pos",
-          "zero_meta_embd", "log_interval", "seed", "workers", "device", "dtype")
+GROUPS = (settings.Tasks, "meta_attention", "init_from", "out_dir", "overwrite", "max_minutes",
+          "weight_decay", "beta1", "beta2", "grad_clip", "dropout", "block_size", "yarn_scale",
+          "zero_meta_pos", "zero_meta_embd", "log_interval", "seed", "workers", "device", "dtype")
 
 
 def main(argv=None):
@@ -810,10 +819,16 @@ def main(argv=None):
                 if config.label and len(markers) > 1:
                     own.label = f"{config.label} {marker}"
                 runs.append(Run(own))
+            if config.overwrite:  # at once, so that the same command without it resumes
+                for run in runs:
+                    run.forget()
             while runs:
                 runs.pop(0).go(pool, machine)  # popped, so that its model is then freed
-    except (KeyboardInterrupt, BrokenExecutor):  # the latter: a worker was killed
+    except KeyboardInterrupt:
         raise SystemExit(f"error: interrupted; {GO_ON}") from None
+    except BrokenExecutor:
+        raise SystemExit("error: a worker was killed, perhaps for want of memory: try fewer "
+                         f"--workers; {GO_ON}") from None
     except torch.OutOfMemoryError:
         raise SystemExit(f"error: {machine.name()} has too little memory: try a shorter "
                          "--train_length, or a smaller --task_batch_size") from None

@@ -132,8 +132,10 @@ class MetaTokens:
 
     def __init__(self, is_meta, n_meta):
         """is_meta (B, T), bool; n_meta: M, the most meta-tokens in any sequence."""
-        # Positions sorted by 0 for a meta-token and 1 for text; ties keep their order
-        meta_first = (~is_meta).int().argsort(dim=1, stable=True)          # (B, T)
+        # Positions with all meta-tokens first, and both kinds in their order
+        T = is_meta.size(1)
+        rank = torch.arange(T, device=is_meta.device) + T * ~is_meta       # (B, T)
+        meta_first = rank.argsort(dim=1)                                   # (B, T)
         self.index = meta_first[:, :n_meta]                                # (B, M)
         self.is_real = is_meta.gather(1, self.index)                       # (B, M)
         self.rope = None                        # cos and sin; GPT.find_meta sets it

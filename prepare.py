@@ -50,7 +50,8 @@ ENDINGS = (*PLAIN_TEXT, ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 
 
 def main(argv=None):
-    config = settings.load(argv, (settings.Data, settings.Preparation), __doc__)
+    groups = (settings.Data, "block_size", settings.Preparation, "overwrite", "seed")
+    config = settings.load(argv, groups, __doc__)
     if config.verify:
         verify(config, read_manifest(config))
         print(f"{folder_of(config.dataset)}: checksums match")
@@ -164,7 +165,7 @@ def stdlib_files():
 def find_files(source):
     """(key, path) of comma-separated files, folders and globs."""
     files = []
-    for pattern in map(os.path.expanduser, source.split(",")):
+    for pattern in map(os.path.expanduser, filter(None, source.split(","))):
         exists = os.path.exists(pattern)  # brackets may be part of a name
         found = [pattern] if exists else sorted(glob.glob(pattern, recursive=True))
         if "**" in pattern:  # it finds folders and what is in them
@@ -205,7 +206,8 @@ def file_pieces(files, text_field):
                 read_rows = parquet_rows if path.endswith(".parquet") else json_rows
                 yield from row_pieces(read_rows(path, text_field), text_field, path)
         except (OSError, EOFError, ValueError, zlib.error) as e:
-            raise SourceError(f"cannot read {path}: {str(e).splitlines()[0]}") from None
+            reason = (str(e) or type(e).__name__).splitlines()[0]
+            raise SourceError(f"cannot read {path}: {reason}") from None
 
 
 def text_sections(path, size):
@@ -238,10 +240,14 @@ def json_rows(path, text_field):
 
 def parquet_rows(path, text_field):
     """(number, row) of every row, which holds only the column text_field."""
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
-    batches = ParquetFile(path).iter_batches(batch_size=1000, columns=[text_field])
-    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-    return enumerate(rows, 1)
+    try:
+        batches = ParquetFile(path).iter_batches(batch_size=1000, columns=[text_field])
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from enumerate(rows, 1)
+    except ArrowException as e:
+        raise ValueError(e) from None
 
 
 def row_pieces(rows, text_field, where):
@@ -427,8 +433,8 @@ def prepare(config):
     """Write data/<dataset>/ unless it is there. Raise SystemExit with one line."""
     folder = folder_of(config.dataset)
     again = "the same command without --overwrite" if config.overwrite else "the same command"
-    progress = read_progress(config)
     try:
+        progress = read_progress(config)
         encoding = get_tokenizer(config.tokenizer)
         version, n_bytes, pieces = open_source(config.source, config.text_field, progress)
         recipe = recipe_of(config, encoding, version)

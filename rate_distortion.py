@@ -187,7 +187,7 @@ def open_readers(subject):
         opened[label] = checkpoints.build(checkpoint).to(subject.device).eval(), checkpoint
     readers, lengths = [], set()
     for label, (model, checkpoint) in opened.items():
-        untuned = {"train_length": min(config.train_length, config.block_size), "stream": {
+        untuned = {"train_length": None, "stream": {
             "task": "list_recall", "placement": "task", "mark": model.config.meta_id,
             "tokenizer": config.tokenizer}}
         run = checkpoint.get("run", untuned)
@@ -198,9 +198,10 @@ def open_readers(subject):
                              f"tokens of {stream.tokenizer}")
         readers.append(Reader(model, label, stream))
         lengths.add(run["train_length"])
+    lengths.discard(None)  # of models that were not tuned
     if len(lengths) > 1:
         raise ValueError(f"tuned at different lengths, {sorted(lengths)} tokens")
-    [length] = lengths
+    [length] = lengths or [min(config.train_length, config.block_size)]
     shortest = eval_synthetic.min_length("list_recall", subject.encoding)
     if length < shortest:
         raise ValueError(f"train_length={length}: List Recall needs {shortest} tokens")

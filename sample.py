@@ -130,9 +130,13 @@ class CachedDecoder:
         c, weight = model.config, model.lm_head.weight
         shape = (batch_size, c.n_head, size, c.head_dim)
         n_meta_layers = c.n_layer if c.meta_attention else 0
+        self.is_autocast = torch.is_autocast_enabled(weight.device.type)
+        dtype = weight.dtype
+        if self.is_autocast:
+            dtype = torch.get_autocast_dtype(weight.device.type)
         self.model = model
-        self.caches = (KVCache(c.n_layer, shape, weight.dtype, weight.device),
-                       KVCache(n_meta_layers, shape, weight.dtype, weight.device))
+        self.caches = (KVCache(c.n_layer, shape, dtype, weight.device),
+                       KVCache(n_meta_layers, shape, dtype, weight.device))
         self.seen = 0                           # tokens of the window that are cached
         self.graphs = {}                        # captured steps, by their number of tokens
 
@@ -152,7 +156,7 @@ class CachedDecoder:
                 cache.is_prompt = False
             return logits
         # A step: one token of text, and the meta-tokens behind it, seldom more than one
-        if new.is_cuda and new.size(1) <= 2:
+        if new.is_cuda and new.size(1) <= 2 and not self.is_autocast:
             return self.replay(new)
         return self.compute(new, n_meta=new.size(1) - 1)
 
@@ -165,7 +169,7 @@ class CachedDecoder:
         n = new.size(1)
         if n not in self.graphs:
             graph, own_new = torch.cuda.CUDAGraph(), new.clone()
-            with torch.cuda.graph(graph):
+            with torch.cuda.device(new.device), torch.cuda.graph(graph):
                 own_logits = self.compute(own_new, n_meta=n - 1)
             self.graphs[n] = graph, own_new, own_logits
         graph, own_new, own_logits = self.graphs[n]
@@ -224,7 +228,7 @@ class KVCache:
 # The script
 
 GROUPS = (settings.Sampling, "init_from", "out_dir", "block_size", "yarn_scale", "meta_rate",
-          "meta_placement", "seed", "device", "dtype")
+          "meta_placement", "zero_meta_pos", "zero_meta_embd", "seed", "device", "dtype")
 
 
 def main(argv=None):

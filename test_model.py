@@ -518,8 +518,8 @@ def test_rotary_tables_are_float32_in_a_model_of_any_precision():
     model, tables = GPT(TINY).bfloat16(), []
     attention = model.transformer.h[0].attn
     attention.register_forward_pre_hook(lambda _, args: tables.append(args[1]))
-    model(torch.zeros(1, 60, dtype=torch.long))
-    angles = torch.arange(60)[:, None] * rope_frequencies(TINY)[0]
+    model(torch.zeros(1, 1000, dtype=torch.long))
+    angles = torch.arange(1000)[:, None] * rope_frequencies(TINY)[0]
     [(cos, sin)] = tables
     assert torch.equal(cos, angles.cos()[None, None])
     assert torch.equal(sin, angles.sin()[None, None])
@@ -598,7 +598,7 @@ def test_a_step_of_generation_is_one_graph_that_is_the_same_every_time(monkeypat
             return compiled(self, new, n_meta)
         return eager(self, new, n_meta)
 
-    model, prompt = build(block_size=16, n_layer=1), text_with_meta((3,), 9)
+    model, prompt = build(block_size=16, n_layer=1), text_with_meta((1, 4), 20)
     expected = model.generate(prompt, 60, meta_rate=0.25, seed=1)  # past the window
     monkeypatch.setattr(sample.CachedDecoder, "compute", compute)
     assert torch.equal(model.generate(prompt, 60, meta_rate=0.25, seed=1), expected)
@@ -811,10 +811,13 @@ def test_the_help_of_train_lists_its_groups_in_at_most_45_settings():
 
 @pytest.mark.parametrize("module, expected", [
     (sample, [*names_of(settings.Sampling), "init_from", "out_dir", "block_size", "yarn_scale",
-              "meta_rate", "meta_placement", "seed", "device", "dtype"]),
+              "meta_rate", "meta_placement", "zero_meta_pos", "zero_meta_embd", "seed", "device",
+              "dtype"]),
+    (prepare, [*names_of(settings.Data), "block_size", *names_of(settings.Preparation),
+               "overwrite", "seed"]),
     (bench, ["what", "block_size", "n_layer", "n_head", "n_embd", "batch_size",
              *names_of(settings.Benchmark, settings.Machine)]),
-], ids=["sample", "bench"])
+], ids=["sample", "prepare", "bench"])
 def test_the_help_of_a_script_lists_its_own_settings_only(module, expected):
     meanings, text = help_of(module.main)
     assert text.startswith(module.__doc__.strip())
@@ -1470,7 +1473,9 @@ def test_yarn_extends_the_window_of_a_checkpoint(prepared):
     assert config["original_block_size"] == 32
     assert config["yarn_scale"] == 2.0
     for arguments, window in (([], 64), (["--block_size=48"], 48)):
-        model = train.load_saved(settings.load(["--init_from=yarn", *arguments]))[0]
+        with open("before.py", "w") as file:  # what training started from does not count
+            file.write("block_size = 32\n")
+        model = train.load_saved(settings.load(["before.py", "--init_from=yarn", *arguments]))[0]
         assert (model.config.block_size, model.config.yarn_scale) == (window, 2.0)
 
 
@@ -2098,8 +2103,8 @@ def test_a_stop_request_saves_no_weights_that_are_not_finite(tmp_path, monkeypat
             self.looks = itertools.count()
 
         @property
-        def asked(self):
-            return next(self.looks) >= 4
+        def signal(self):
+            return 2 if next(self.looks) >= 4 else 0
 
     monkeypatch.chdir(tmp_path)
     save_model("meta.pt")

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 # Below, `config` is a Config: all settings, and where each was set.
 #   config.given(name)              whether a config file or the command line has set it
 #   config.given_values(names)      {name: value} of those that were given
-#   config.typed(name)              whether the command line has set it
+#   config.typed(name)              whether the command line has; typed_values likewise
 #   config.remember(saved, names)   sets those not given to what the dictionary `saved`
 #                                   says; they still do not count as given
 #   config.checked(function, ...)   calls it, and turns a ValueError into config.error
@@ -42,6 +42,9 @@ from torch.nn.parallel import DistributedDataParallel
 # When a run is resumed, its settings come from the checkpoint, except those given again
 # and these:
 OF_THIS_RUN = {"init_from", "out_dir", "overwrite", "eval_only", "device", "dtype", "compile"}
+
+# What a user may ask of a checkpoint: see checkpoint.load_trained
+ASKED_OF_A_CHECKPOINT = ("tokenizer", *checkpoint.ARCHITECTURE)
 
 
 # --------------------------------------------------------------------------------------
@@ -236,18 +239,20 @@ def new_model_config(config, text_vocab_size):
                           text_vocab_size=text_vocab_size, **values)
 
 
-def open_trained(config, path):
+def open_trained(config, path, given):
     """(model, checkpoint) at a path. Copies its architecture and tokenizer into config.
 
-    Settings of checkpoint.MAY_CHANGE may differ from the checkpoint's. A line says so.
-    Raises SystemExit if it asks for another architecture, or if the file is bad.
+    given: the settings that somebody asked for. Those of checkpoint.MAY_CHANGE may
+    differ from the checkpoint's; a line says so. Raises SystemExit if others do, or if
+    the file is bad.
     """
-    given = config.given_values(("tokenizer", *checkpoint.ARCHITECTURE))
     model, saved = config.checked(checkpoint.load_trained, path, given)
     config.tokenizer = saved["settings"]["tokenizer"]
     for name in checkpoint.ARCHITECTURE:
         if name == "meta_attention" and model.config.meta_id is None:
             continue  # leave it as asked: open_model may still add meta-attention
+        if name == "block_size" and name in given:
+            continue  # learned positions may be more than the block needs
         setattr(config, name, getattr(model.config, name))
     for name, before in saved.get("model_config", {}).items():  # OpenAI's GPT-2 has none
         if name in given and given[name] != before:
@@ -259,12 +264,14 @@ def open_trained(config, path):
 def load_saved(config):
     """(model, checkpoint, path) of out_dir, or of the --init_from= that was typed.
 
-    An init_from in a config file does not count: it is what training started from.
+    What a config file says of init_from and of the architecture does not count here:
+    training may have started from that, and ended elsewhere.
     """
-    path = config.out_dir
+    given = config.given_values(["tokenizer"]) | config.typed_values(checkpoint.ARCHITECTURE)
     if config.typed("init_from") and config.init_from not in ("resume", "scratch"):
-        path = config.init_from
-    return *open_trained(config, path), path
+        return *open_trained(config, config.init_from, given), config.init_from
+    own_file = os.path.join(config.out_dir, "ckpt.pt")
+    return *open_trained(config, own_file, given), config.out_dir
 
 
 def open_data(config, machine):
@@ -345,15 +352,16 @@ def train(config):
     if config.init_from == "resume":
         # Take over its settings first, as all that follows depends on them
         saved_settings = config.checked(checkpoint.load, config.out_dir)["settings"]
-        config.remember(saved_settings, saved_settings.keys() - OF_THIS_RUN)
+        config.remember(saved_settings, settings.SETTINGS.keys() - OF_THIS_RUN)
     torch.manual_seed(config.seed)
     if config.eval_only:
         return evaluate_saved(config, machine)
     check_start(config, machine.world)
     trained = saved = None
     if config.init_from != "scratch":
-        is_resumed = config.init_from == "resume"
-        trained, saved = open_trained(config, config.out_dir if is_resumed else config.init_from)
+        path = config.out_dir if config.init_from == "resume" else config.init_from
+        given = config.given_values(ASKED_OF_A_CHECKPOINT)
+        trained, saved = open_trained(config, path, given)
     manifest = open_data(config, machine)
     folder = prepare.folder_of(config.dataset)
     train_blocks, val_blocks = Blocks(folder, manifest, "train"), Blocks(folder, manifest, "val")

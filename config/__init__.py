@@ -171,6 +171,9 @@ class Config(*ALL_GROUPS):
     def given_values(self, names):
         return {name: getattr(self, name) for name in names if self.given(name)}
 
+    def typed_values(self, names):
+        return {name: getattr(self, name) for name in names if self.typed(name)}
+
     def remember(self, saved, names):
         """Take from a checkpoint's settings what is not given now."""
         for name in names:

@@ -330,7 +330,8 @@ def draw_seeds(ax, curves, color, label):
     percent = np.array([[100 * curve[at] for at in x] for curve in curves])  # (seeds, x)
     if len(curves) > 1:
         ax.plot(x, percent.T, color=color, linewidth=0.7)
-    ax.plot(x, percent.mean(axis=0), color=color, linewidth=2.5, label=label)
+    ax.plot(x, percent.mean(axis=0), color=color, linewidth=2.5, marker="o", markersize=3,
+            label=label)
     ax.set_ylim(-3, 103)
     ax.grid(alpha=0.3)
 
@@ -346,10 +347,12 @@ def draw_chance(ax, tests):
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="results, .json or .jsonl")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="results, .json or .jsonl")
     parser.add_argument("--part", default="main", help="the part of a study to show (main)")
     parser.add_argument("--out", default="results/synthetic.png", help="where to draw")
     args = parser.parse_args(argv)
+    if not args.files:
+        raise SystemExit("error: name results to plot, such as results/study.jsonl")
     panels = panels_of(read(args.files, args.part))
     print("\n".join(tables(panels)))
     draw(panels, args.out)

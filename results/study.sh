@@ -3,7 +3,6 @@
 #     results/study.sh                                        # days of two cores
 #     SEEDS="1 2" JOBS=4 results/study.sh                     # two seeds, four jobs at a time
 #     LIST=1 results/study.sh                                 # only list the jobs
-#     results/study.sh config/study_gpu.py --source=FOLDER    # larger models, on a GPU
 # Settings behind the config go to every command. Run it again to go on after a stop.
 set -e
 shopt -s nullglob
@@ -90,9 +89,11 @@ for seed in $seeds; do runs "$seed"; done | run
 [ -z "$LIST" ] || exit 0
 
 {
+    grep -vE '^\{"part": "(main|beyond)"' "results/$name.jsonl" || true  # what others made
     collect main results/[A-F]_*_{copying,list_recall}_*_"${length}"_s*.json
     if [ "$name" = study ]; then collect beyond results/{YaRN,no_YaRN}_*.json; fi
-} > "results/$name.jsonl"
+} > "results/$name.jsonl.new"
+mv "results/$name.jsonl.new" "results/$name.jsonl"
 tail -n 1 "$OUT"/*_s?/log.jsonl > "results/${name}_pretraining.txt"
 plot="python results/plot_synthetic.py results/$name.jsonl"
 $plot --out="results/$name.png"
