@@ -4,10 +4,11 @@
     python eval_synthetic.py config/quickstart.py --init_from=out --task=all
     python results/plot_synthetic.py results/*.json     # a figure and tables
 
-It gives a model meta-tokens where they might help, and controls: other marks, other
-places. (Meta-attention is a second attention in each block, among meta-tokens only.)
+A meta-token is an extra token that pre-training scatters over the text and never
+predicts; meta-attention is a second attention in each block, among meta-tokens only
+(Shah et al., arXiv 2509.16278). Here meta-tokens mark places in a prompt.
 
-The tasks are those of the paper's section 4 and appendix D. An example is a prompt and
+The tasks are those of that paper's section 4 and appendix D. An example is a prompt and
 its answer. A prompt consists of units (lists, bit strings or texts, each with a name)
 and a question about one of them. Marks stand at some places in it. A mark is the
 meta-token (--marker=meta), a token that the model never saw (fresh), or a plain '#'
@@ -55,8 +56,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-# Below, `config` is a Config: all settings. train.py lists its methods; another one is
-# config.numbers(name, kind, expected), which reads a setting such as 128,256,512.
+# Below, `config` is a Config: all settings. Of its methods, these are used here:
+#   config.typed(name)             whether the command line has set it
+#   config.checked(function, ...)  calls it, and turns a ValueError into config.error
+#   config.error(message)          a SystemExit of one line, to be raised
+#   config.numbers(name, ...)      the numbers in a setting such as 128,256,512
 
 GO_ON = "the same command, without --overwrite, goes on"
 
@@ -86,7 +90,7 @@ class Unit(NamedTuple):
     text: str
     question: str
     answer: str
-    offers: list   # the answers one could guess after a look at this unit alone
+    offers: list   # plausible answers in this unit: see Example.chance
 
 
 def draw_items(rng, n, word=None, count=0):
@@ -168,10 +172,10 @@ def length_of(text, encoding):
 
 @cache
 def min_length(task, encoding):
-    """The most tokens that one unit, its question and its answer can take.
+    """The shortest length of an example: any unit, with question and answer, fits.
 
-    No example is shorter (filler makes up for it), so that they always fit. 500 draws
-    find the longest: it comes up once in 45, or more often.
+    The longest of 500 draws is the longest there is: in every task, at least one draw
+    in 45 is as long.
     """
     rng = np.random.default_rng(0)
     units = [TASKS[task](NAMES[0], ITEMS[0], rng) for _ in range(500)]
@@ -258,17 +262,17 @@ def split_of(prompt):
     return ("train", "train", "validation", "test")[digest[0] % 4]
 
 
-def draw(stream, split, length, number, exactly=None):
-    """Example `number` of a split: more than length/2 and at most length tokens, or
-    `exactly` so many.
+def draw(stream, split, longest, number, exactly=None):
+    """Example `number` of a split: more than longest/2 and at most longest tokens, or
+    `exactly` so many (then longest only seeds the draw).
 
     It depends on these arguments alone, and is drawn again until it is in the split.
     """
-    shortest, longest = (length // 2 + 1, length) if exactly is None else (exactly, exactly)
+    bounds = (longest // 2 + 1, longest) if exactly is None else (exactly, exactly)
     seed = stream.seed if split == "train" else TEST_SEED
     for attempt in itertools.count():
-        rng = np.random.default_rng([seed, SPLITS.index(split), length, number, attempt])
-        example = make_example(stream, shortest, longest, rng)
+        rng = np.random.default_rng([seed, SPLITS.index(split), longest, number, attempt])
+        example = make_example(stream, *bounds, rng)
         if split_of(example.prompt) == split:
             return example
 
@@ -277,7 +281,7 @@ class Request(NamedTuple):
     """What a worker process is to draw: arguments of `draw`, for several numbers."""
     stream: Stream
     split: str
-    longest: int                 # `length` of draw
+    longest: int
     numbers: range
     exactly: int | None = None
 
@@ -312,7 +316,7 @@ def collate(examples, longest):
     """A batch (x, at, y) of int64 tensors. x (B, T): the tokens, padded at the right.
     at (B, A): the positions that predict the answers. y (B, A): the answers, then -1.
 
-    T is a multiple of 16 (or longest) and A of 8, so that there are few shapes.
+    T is rounded up to a multiple of 16, within `longest`, and A to a multiple of 8.
     """
     T, A = max(len(e.tokens) for e in examples), max(e.n_answer for e in examples)
     T, A = min(16 * math.ceil(T / 16), longest), 8 * math.ceil(A / 8)
@@ -335,7 +339,8 @@ def open_model(config):
     checkpoint it is. Raises SystemExit if model and mark do not go together.
     """
     torch.manual_seed(config.seed)  # for the meta-attention that --add_meta makes
-    model, saved, path = train.load_saved(config)  # sets config.tokenizer and others
+    # Applies a typed block_size, yarn_scale ..., and sets config.tokenizer
+    model, saved, path = train.load_saved(config)
     identity = {"path": os.path.normpath(path), "step": saved["step"],
                 "seed": saved["settings"].get("seed"),
                 "sha256_of_weights": checkpoint.sha256_of_weights(model)}
@@ -343,10 +348,9 @@ def open_model(config):
     if config.add_meta:
         if model.config.meta_id is not None:
             raise config.error(f"add_meta={config.add_meta}, but the checkpoint has meta-tokens")
-        # Only a typed --meta_attention=False leaves meta-attention out: in a config
-        # file, it describes the pre-trained model.
-        with_attention = config.meta_attention or not config.typed("meta_attention")
-        model = model.with_meta_tokens(encoding.n_vocab, with_attention)
+        # Only a typed False counts. In a config file, it is about pre-training.
+        is_left_out = config.typed("meta_attention") and not config.meta_attention
+        model = model.with_meta_tokens(encoding.n_vocab, meta_attention=not is_left_out)
     for name in ("zero_meta_pos", "zero_meta_embd"):
         if getattr(config, name) and model.config.meta_id is None:
             raise config.error(f"{name}=True, but the checkpoint has no meta-tokens")
@@ -370,7 +374,7 @@ def with_fresh_token(model, token):
     """Give the model a token it never saw, embedded as the mean of the text rows."""
     if token >= model.config.vocab_size:  # OpenAI's GPT-2 has no embedding to spare
         model = model.with_meta_tokens(token, meta_attention=False)
-        model.config.meta_id = None  # only the larger embedding was wanted
+        model.config.meta_id = None  # it had none: only a larger embedding was wanted
     wte = model.transformer.wte.weight
     wte[token] = wte[:model.config.text_vocab_size].mean(0)
     return model
@@ -422,7 +426,7 @@ def ablated(model, row):
 def answer_states(model, x, at, device):
     """Hidden states (B, A, C) of x (B, T) at positions `at` (B, A), both on the CPU."""
     n_meta = 0
-    if model.config.meta_id is not None:  # counted on the CPU: the GPU would have to wait
+    if model.config.meta_id is not None:  # counting on the GPU would make the CPU wait
         n_meta = int((x == model.config.meta_id).sum(1).max())
     h = model.hidden_states(x.to(device, non_blocking=True), n_meta)     # (B, T, C)
     at = at.to(device, non_blocking=True).unsqueeze(-1)                  # (B, A, 1)
@@ -511,7 +515,8 @@ def requests(run, progress):
 
     All examples of a step have one length, which saves padding: one between half the
     phase's longest and its longest. This runs up to 32 steps ahead of training. With
-    max_minutes it goes by the minutes at that moment, so that phases begin late.
+    max_minutes a phase goes by the minutes trained when its request is made, so it
+    begins up to 32 steps late.
     """
     config = run.config
     n, shortest = config.task_batch_size, min_length(config.task, get_encoding(config.tokenizer))

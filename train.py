@@ -43,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 # and these:
 OF_THIS_RUN = {"init_from", "out_dir", "overwrite", "eval_only", "device", "dtype", "compile"}
 
-# What a user may ask of a checkpoint: see checkpoint.load_trained
+# Settings that must fit a checkpoint, or may change it, if somebody asks for them
 ASKED_OF_A_CHECKPOINT = ("tokenizer", *checkpoint.ARCHITECTURE)
 
 
@@ -161,8 +161,8 @@ def micro_losses(model, batches, machine, config, step, n_meta):
         if machine.world > 1:  # DDP averages the gradients once, in the last backward
             model.require_backward_grad_sync = micro == n - 1
         if config.dropout > 0:
-            number_in_step = machine.rank + micro * machine.world  # as in micro_batches
-            seed_dropout(config.seed, step, number_in_step)
+            index_in_step = machine.rank + micro * machine.world   # as in micro_batches
+            seed_dropout(config.seed, step, index_in_step)
         x, y = next(batches)
         with machine.autocast():
             loss = model(x, y, n_meta)[1]
@@ -199,7 +199,7 @@ def evaluate(model, blocks, eval_tokens, batch_size, machine):
         y[len(own):] = -1
         with machine.autocast():
             loss = model(x.to(machine.device), y.to(machine.device), blocks.n_meta)[1]
-        total += loss * len(own)        # all blocks have equally many text targets
+        total += loss * len(own)        # every block has text_per_block targets
     model.train()
     total, count = machine.all_reduce([total.item(), len(numbers)])
     return total / count
@@ -243,8 +243,8 @@ def open_trained(config, path, given):
     """(model, checkpoint) at a path. Copies its architecture and tokenizer into config.
 
     given: the settings that somebody asked for. Those of checkpoint.MAY_CHANGE may
-    differ from the checkpoint's; a line says so. Raises SystemExit if others do, or if
-    the file is bad.
+    differ from the checkpoint's, and a line says so. Raises SystemExit if any other
+    does, or if the file is bad.
     """
     model, saved = config.checked(checkpoint.load_trained, path, given)
     config.tokenizer = saved["settings"]["tokenizer"]
@@ -252,20 +252,20 @@ def open_trained(config, path, given):
         if name == "meta_attention" and model.config.meta_id is None:
             continue  # leave it as asked: open_model may still add meta-attention
         if name == "block_size" and name in given:
-            continue  # learned positions may be more than the block needs
+            continue  # a model with learned positions may read shorter blocks than it has
         setattr(config, name, getattr(model.config, name))
     for name, before in saved.get("model_config", {}).items():  # OpenAI's GPT-2 has none
-        if name in given and given[name] != before:
-            print(f"{name}={given[name]} replaces the checkpoint's {before} "
-                  f"({config.origin[name]})", file=sys.stderr)
+        after = getattr(model.config, name)
+        if after != before:
+            print(f"{name}={after} replaces the checkpoint's {before}", file=sys.stderr)
     return model, saved
 
 
 def load_saved(config):
     """(model, checkpoint, path) of out_dir, or of the --init_from= that was typed.
 
-    What a config file says of init_from and of the architecture does not count here:
-    training may have started from that, and ended elsewhere.
+    Only the command line counts. init_from=gpt2 in a config file says what training
+    started from, but what it produced is in out_dir. (The other scripts use the path.)
     """
     given = config.given_values(["tokenizer"]) | config.typed_values(checkpoint.ARCHITECTURE)
     if config.typed("init_from") and config.init_from not in ("resume", "scratch"):
@@ -304,14 +304,15 @@ def prepared_manifest(config):
 def open_model(config, manifest, trained):
     """The model to train: `trained`, or a new one if that is None.
 
-    It gets meta-tokens if the data have some and the trained model has none.
+    It gets meta-tokens if meta_rate > 0 and the trained model has none.
     """
     if trained is None:
         return GPT(new_model_config(config, manifest["text_vocab_size"]))
     if trained.config.meta_id is None:
         if config.meta_rate > 0:
             return trained.with_meta_tokens(manifest["meta_id"], config.meta_attention)
-        # The default asks for meta-attention. Complain only if the user did.
+        # A plain model on plain text. meta_attention=True may be just the default: refuse
+        # it only if somebody asked for it.
         if config.given("meta_attention"):
             check_meta_tokens(config)
     return trained
@@ -320,7 +321,8 @@ def open_model(config, manifest, trained):
 def evaluate_saved(config, machine):
     """Print the validation loss of out_dir's model, or of the --init_from= typed."""
     trained, saved, _ = load_saved(config)
-    # How meta-tokens are placed comes with the model. Which text to read does not.
+    # The share and places of meta-tokens come from the checkpoint, if nobody asked for
+    # others. The data set is the one that the settings name.
     config.remember(saved["settings"], ("meta_rate", "meta_placement"))
     manifest = open_data(config, machine)
     if trained.config.meta_id is None and config.meta_rate > 0:
@@ -350,7 +352,7 @@ def train(config):
     # Where, on what, from what
     machine = config.checked(Machine, config.device, config.dtype, config.compile)
     if config.init_from == "resume":
-        # Take over its settings first, as all that follows depends on them
+        # Restore its settings first, as all that follows depends on them
         saved_settings = config.checked(checkpoint.load, config.out_dir)["settings"]
         config.remember(saved_settings, settings.SETTINGS.keys() - OF_THIS_RUN)
     torch.manual_seed(config.seed)
@@ -361,6 +363,8 @@ def train(config):
     if config.init_from != "scratch":
         path = config.out_dir if config.init_from == "resume" else config.init_from
         given = config.given_values(ASKED_OF_A_CHECKPOINT)
+        if config.init_from == "resume":  # which may be less than there are positions for
+            given["block_size"] = config.block_size
         trained, saved = open_trained(config, path, given)
     manifest = open_data(config, machine)
     folder = prepare.folder_of(config.dataset)
@@ -422,7 +426,7 @@ def train(config):
             loss_sum.zero_()
             logged_step = step
         elif machine.compile and step == first_step + 1:
-            machine.synchronize()       # leave the compilation out of the next line
+            machine.synchronize()       # the first step compiled: do not count that time
             speed.restart(step)
 
         if stop_signal:
