@@ -311,8 +311,8 @@ def open_model(config, manifest, trained):
     if trained.config.meta_id is None:
         if config.meta_rate > 0:
             return trained.with_meta_tokens(manifest["meta_id"], config.meta_attention)
-        # A plain model on plain text. meta_attention=True may be just the default: refuse
-        # it only if somebody asked for it.
+        # A plain model on plain text. meta_attention=True may be just the default, so
+        # refuse it only if somebody asked for it.
         if config.given("meta_attention"):
             check_meta_tokens(config)
     return trained
