@@ -20,9 +20,9 @@ meta-token (--marker=meta), a token that the model never saw (fresh), or a plain
     random    as many as with `task`, anywhere
     none      nowhere
 
-The text of an example is the same whatever its marks. Its length counts a mark at every
-place that `all` would mark, whether one stands there or not. "exact" is the share of
-examples whose answer is right in every token.
+The text of an example is the same whatever its marks. For that, its length counts one
+token for every place that `all` would mark, so one with fewer marks has fewer tokens.
+"exact" is the share of examples whose answer is right in every token.
 
 Writes results/<name>.json, and the fine-tuned model to <out_dir>/<name>.pt. The same
 command resumes after a kill, and takes the same steps (unless --max_minutes is set).
@@ -348,9 +348,11 @@ def open_model(config):
     if config.add_meta:
         if model.config.meta_id is not None:
             raise config.error(f"add_meta={config.add_meta}, but the checkpoint has meta-tokens")
-        # Only a typed False counts. In a config file, it is about pre-training.
-        is_left_out = config.typed("meta_attention") and not config.meta_attention
-        model = model.with_meta_tokens(encoding.n_vocab, meta_attention=not is_left_out)
+        # A config file's meta_attention was for pre-training. Only a typed one counts.
+        wants_attention = True
+        if config.typed("meta_attention"):
+            wants_attention = config.meta_attention
+        model = model.with_meta_tokens(encoding.n_vocab, wants_attention)
     for name in ("zero_meta_pos", "zero_meta_embd"):
         if getattr(config, name) and model.config.meta_id is None:
             raise config.error(f"{name}=True, but the checkpoint has no meta-tokens")
@@ -372,9 +374,11 @@ def open_model(config):
 @torch.no_grad()
 def with_fresh_token(model, token):
     """Give the model a token it never saw, embedded as the mean of the text rows."""
-    if token >= model.config.vocab_size:  # OpenAI's GPT-2 has no embedding to spare
+    if token >= model.config.vocab_size:
+        # Only OpenAI's GPT-2 gets here: models trained by train.py have rows to spare.
+        # Let with_meta_tokens enlarge the embedding, then forget the meta-token.
         model = model.with_meta_tokens(token, meta_attention=False)
-        model.config.meta_id = None  # it had none: only a larger embedding was wanted
+        model.config.meta_id = None
     wte = model.transformer.wte.weight
     wte[token] = wte[:model.config.text_vocab_size].mean(0)
     return model
@@ -410,7 +414,9 @@ def ablated(model, row):
     """Change the model as the row says, inside the `with` block."""
     whole, hooks = model.config, []
     model.config = replace(whole, **ABLATIONS.get(row, {}))
-    if row == "no_pos_meta":  # block.meta_attn(x, rope) gets the rope of position 0
+    if row == "no_pos_meta":
+        # Replace the rope of block.meta_attn(x, rope) by that of position 0. Its shape,
+        # (1, 1, 1, hs/2), serves all meta-tokens
         position = torch.zeros(1, 1, device=model.lm_head.weight.device)
         rope = rope_tables(whole, position)
         hooks = [block.meta_attn.register_forward_pre_hook(lambda _, args: (args[0], rope))
@@ -426,7 +432,8 @@ def ablated(model, row):
 def answer_states(model, x, at, device):
     """Hidden states (B, A, C) of x (B, T) at positions `at` (B, A), both on the CPU."""
     n_meta = 0
-    if model.config.meta_id is not None:  # counting on the GPU would make the CPU wait
+    if model.config.meta_id is not None:
+        # The most meta-tokens in a row. hidden_states would count on the GPU, and wait
         n_meta = int((x == model.config.meta_id).sum(1).max())
     h = model.hidden_states(x.to(device, non_blocking=True), n_meta)     # (B, T, C)
     at = at.to(device, non_blocking=True).unsqueeze(-1)                  # (B, A, 1)
@@ -487,8 +494,8 @@ def wilson(hits, n):
 
 # --------------------------------------------------------------------------------------
 # Fine-tuning. It has phases of equally many steps (or minutes), each on longer examples
-# than the one before. A phase is named by its longest examples: of 64, 128, 256, ...
-# and at last train_length tokens.
+# than the one before. Phase 256 has examples of 129 to 256 tokens. Phases double from
+# 64 on, and the last one is train_length.
 
 PHASES = [64 << i for i in range(24)]
 TUNE_TOKENS = 32768                    # in a micro-batch: about 20 GB for GPT-2
@@ -515,8 +522,8 @@ def requests(run, progress):
 
     All examples of a step have one length, which saves padding: one between half the
     phase's longest and its longest. This runs up to 32 steps ahead of training. With
-    max_minutes a phase goes by the minutes trained when its request is made, so it
-    begins up to 32 steps late.
+    max_minutes it chooses the phase by the time that has passed when it makes the
+    request. So a phase may begin up to 32 steps late.
     """
     config = run.config
     n, shortest = config.task_batch_size, min_length(config.task, get_encoding(config.tokenizer))
@@ -570,8 +577,9 @@ def fine_tune(run, saved, pool, machine):
             minutes_a_step = (progress.minutes - first_minutes) / (step - first_step)
             print_step(run, progress, minutes_a_step)
         is_over = step >= run.steps or 0 < config.max_minutes <= progress.minutes
-        # No losses: at the start, or resumed at a step that was validated already
-        if (is_over or step % config.val_interval == 0) and progress.losses:
+        is_validation_due = is_over or step % config.val_interval == 0
+        has_trained = len(progress.losses) > 0  # since the last validation
+        if is_validation_due and has_trained:
             exact, loss = validate(model, validation, progress, config.train_length, machine)
             is_solved = exact >= SOLVED and progress.phase == run.phases[-1]
             is_over = is_over or (config.stop_solved and is_solved)
