@@ -33,7 +33,6 @@ import config as settings
 
 import numpy as np
 import tiktoken
-import torch
 from tqdm import tqdm
 
 META = "<|meta|>"              # how the meta-token is printed
@@ -662,6 +661,7 @@ class Blocks:
 
     def batch(self, numbers):
         """(x, y) of these blocks, each int64 (len(numbers), T)."""
+        import torch  # here, as preparing needs no torch, and loading it takes a second
         tokens = np.stack([self.read(number) for number in numbers])       # (B, T + 1)
         tokens = torch.from_numpy(tokens.astype(np.int64))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
