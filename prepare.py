@@ -10,6 +10,7 @@ a copy of the next block's first token. Killed at any moment and started again,
 prepare.py goes on and ends with the same bytes, whatever the number of workers.
 --block_size, --seed and --overwrite count here, too.
 """
+import errno
 import glob
 import gzip
 import hashlib
@@ -608,6 +609,28 @@ def check_same(config, there, wanted):
                 f"{folder_of(config.dataset)} was prepared with {name} {there.get(name)}, but "
                 f"{name}={value}: name another --dataset, or run {prepare_command(config)} "
                 "--overwrite")
+
+
+@contextmanager
+def locked(path, busy):
+    """Hold the lock of a file. Raise SystemExit(busy) if another process holds it.
+
+    The operating system frees it when the process ends, however it ends. The empty
+    file stays.
+    """
+    with open(path, "ab") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise SystemExit(f"error: {busy}") from None
+            raise
+        yield
 
 
 def write_json(path, value):
