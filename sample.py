@@ -29,8 +29,9 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
 
     max_new_tokens counts text. Meta-tokens come on top: they are never sampled, but fed
     at random places, as in training, round(meta_rate * block_size) in each block.
-    temperature 0 takes the likeliest token. When the window is full, generation goes on
-    from its last half. use_cache=False computes the same without caches.
+    temperature 0 takes the likeliest token (see `sample`). When the window is full,
+    generation goes on from its last half. use_cache=False computes the same without
+    caches.
 
     Raises ValueError for an empty prompt, or a meta_rate without meta-tokens.
     """
@@ -78,8 +79,11 @@ def meta_schedule(block_size, n_meta, seed):
 
 
 def sample(logits, temperature, top_k, top_p, generator):
-    """Draw a token for each row of logits (B, V), float32: (B, 1)."""
-    if temperature == 0:
+    """Draw a token for each row of logits (B, V), float32: (B, 1).
+
+    A temperature below 1e-5 counts as 0: divided by it, logits would overflow.
+    """
+    if temperature < 1e-5:
         return logits.argmax(-1, keepdim=True)
     logits = logits / temperature
     if top_k:

@@ -656,6 +656,13 @@ def test_tokens_are_drawn_with_their_probabilities():
     assert chi_square < 16.3  # 3 degrees of freedom, p = 0.001
 
 
+def test_a_temperature_next_to_nothing_takes_the_likeliest_token():
+    logits, generator = torch.randn(50, 30), torch.Generator().manual_seed(0)
+    for temperature in (0, 1e-40, 1e-9, 1e-5):
+        drawn = sample.sample(logits, temperature, 200, 0.9, generator)
+        assert torch.equal(drawn.flatten(), logits.argmax(1))
+
+
 # --------------------------------------------------------------------------------------
 # model.py: GPT-2's own weights
 
