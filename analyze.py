@@ -31,7 +31,7 @@ from rate_distortion import batches_of, inputs_of, joined, label_of, rate_distor
 
 import numpy as np
 import torch
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -299,6 +299,7 @@ def draw_residual(findings):
             ax.fill_between(findings["edges"][:-1], curve["low"][layer], curve["high"][layer],
                             color=color, alpha=0.2, linewidth=0)
         ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:.0f}")
         ax.set(title=title, xlabel="distance (tokens)", ylabel="mean cosine similarity")
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
@@ -544,7 +545,7 @@ def token_axis(axis, names):
             tick.set_color(COLORS["meta"])
 
 
-SHOWN = str.maketrans({"\n": "↵", "\t": "→", " ": "␣", "$": r"\$"})  # $ would begin a formula
+SHOWN = str.maketrans({"\n": "↵", "\t": "→", " ": "␣"})
 
 
 def names_of(encoding, tokens):
@@ -661,6 +662,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     config = settings.load(argv, HELP, __doc__)
     names = config.parts(PARTS)
+    rcParams["text.parse_math"] = False         # a $ in a label or a token is no formula
     try:
         subject = Subject(config, names)
         os.makedirs(subject.folder, exist_ok=True)

@@ -47,6 +47,9 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from matplotlib import rcParams
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch.nn import functional as F
 
 torch.set_num_threads(1)  # tiny models: two threads would wait for each other
@@ -2386,6 +2389,28 @@ def test_runs_are_measured_tabled_and_drawn(tuned, capsys):
         assert len({line.count("|") for line in table.splitlines() if "|" in line}) <= 1
 
 
+def test_a_label_is_never_taken_for_a_formula(tuned, monkeypatch):
+    result = json.load(open(tuned[0])) | {"label": "a$b_$c"}
+    with open("formula.json", "w") as file:
+        json.dump(result, file)
+    drawn = texts_of_figures(monkeypatch)
+    plot_synthetic.main(["formula.json"])
+    assert {text for text in drawn if "$" in text} == {"a$b_$c"}
+
+
+def texts_of_figures(monkeypatch):
+    """The texts in all figures from now on, in which matplotlib looks for formulas."""
+    texts, savefig = set(), Figure.savefig
+
+    def saving(figure, *args, **kwargs):
+        savefig(figure, *args, **kwargs)
+        texts.update(text.get_text() for text in figure.findobj(Text))
+
+    monkeypatch.setattr(Figure, "savefig", saving)
+    monkeypatch.setitem(rcParams, "text.parse_math", True)
+    return texts
+
+
 def test_what_is_tuned_already_is_not_tuned_again(tuned, capsys):
     again = ["--init_from=ape.pt", *TUNE]
     eval_synthetic.main([*again, "--task_lr=1e-3"])
@@ -2732,6 +2757,15 @@ def test_analysis_writes_all_its_parts(looked_into, capsys):
     assert np.shape(panels[0]["curves"]["out"]["rate"]) == (10, 2)
     assert panels[0]["examples"] == {"train": 24, "validation": 6, "test": 12}
     assert not glob.glob("out/analysis/*.tmp")
+
+
+def test_no_part_of_the_analysis_takes_a_text_for_a_formula(looked_into, monkeypatch):
+    drawn = texts_of_figures(monkeypatch)
+    analyze.main([*LOOK, "--label=a$b_$c"])
+    analyze.main([*LOOK, "--what=attention", "--start=$x_$ and more"])
+    rest = {text.removesuffix("within a$b_$c") for text in drawn if "$" in text}
+    assert rest == {"$", "a$b_$c", "Plain text: the next text token, ",
+                    "List Recall: the answer, from far before it, "}
 
 
 def result_of(name, folder="out/analysis"):

@@ -18,6 +18,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import eval_synthetic
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 MARKED = {
@@ -353,6 +354,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not args.files:
         raise SystemExit("error: name results to plot, such as results/study.jsonl")
+    rcParams["text.parse_math"] = False         # a $ in a label is no formula
     panels = panels_of(read(args.files, args.part))
     print("\n".join(tables(panels)))
     draw(panels, args.out)
