@@ -4,6 +4,7 @@ A checkpoint is a dictionary in ckpt.pt (the last state of a run) or in best.pt 
 the lowest validation loss). Loading never runs code from a file. Whatever is wrong with
 a file is a ValueError of one line.
 """
+import errno
 import hashlib
 import json
 import os
@@ -90,7 +91,7 @@ def load_weights(model, weights, source):
 def save(path, contents, advice="run the same command again"):
     """Replace the file at once, or leave it as it was.
 
-    Raises SystemExit, with advice on how to go on, if the disk is full.
+    Raises SystemExit, with advice on how to go on, if that fails.
     """
     try:
         with open(path + ".tmp", "wb") as file:
@@ -101,11 +102,15 @@ def save(path, contents, advice="run the same command again"):
     except (OSError, RuntimeError) as e:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        mend = "make room"
+        # torch's zip writer meets the error of the system and raises one of its own
+        reason = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(reason, OSError):
+            raise
+        is_full = reason.errno in (errno.ENOSPC, errno.EDQUOT)
+        mend = "make room" if is_full else "mend that"
         if os.path.exists(path):
-            mend = f"it is still the one before; make room, and {advice}"
-        reason = str(e).splitlines()[0]
-        raise SystemExit(f"error: cannot save {path} ({reason}): {mend}") from None
+            mend = f"it is still the one before; {mend}, and {advice}"
+        raise SystemExit(f"error: cannot save {path} ({reason.strerror}): {mend}") from None
 
 
 def keep_best(out_dir):

@@ -1,5 +1,6 @@
 """What the project promises, each promise checked against independent code."""
 import contextlib
+import errno
 import glob
 import gzip
 import inspect
@@ -1467,10 +1468,24 @@ def test_a_full_disk_leaves_the_old_checkpoint(prepared):
     result = subprocess.run([sys.executable, "-c", WITH_LITTLE_DISK, *arguments],
                             env=os.environ | {"PYTHONPATH": HERE}, capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "cannot save out/ckpt.pt" in result.stderr
-    assert "still the one before" in result.stderr
+    assert "cannot save out/ckpt.pt (File too large): it is still the one before" in result.stderr
     assert read_bytes("out/ckpt.pt") == before
     assert not os.path.exists("out/ckpt.pt.tmp")
+
+
+@pytest.mark.parametrize("code, expected", [
+    (errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"), (errno.EACCES, "mend that")])
+def test_a_checkpoint_that_cannot_be_saved_says_why(tmp_path, monkeypatch, code, expected):
+    def fsync(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path, reason = str(tmp_path / "ckpt.pt"), os.strerror(code)
+    assert refusal(checkpoint.save, path, {}).endswith(f"({reason}): {expected}")
+    write_bytes(path, b"before")
+    message = refusal(checkpoint.save, path, {}, "resume")
+    assert message.endswith(f"({reason}): it is still the one before; {expected}, and resume")
+    assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 
 def test_yarn_extends_the_window_of_a_checkpoint(prepared):
