@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from dataclasses import asdict, fields
 
 from model import GPT, GPTConfig
@@ -61,6 +62,9 @@ def load(path):
     """
     if not path.endswith(".pt"):
         path = os.path.join(path, "ckpt.pt")
+    if not os.path.exists(path):
+        raise ValueError(f"no checkpoint {path}: python train.py config/quickstart.py makes "
+                         "out/ckpt.pt")
     checkpoint = read_torch_file(path)
     needed = {"model", "model_config", "settings", "step"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
@@ -151,15 +155,26 @@ def sha256_of_weights(model):
 def read_torch_file(path):
     """Tensors and plain values from a file of torch.save. Code in it does not run."""
     try:
+        check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"no checkpoint {path}") from None
+    except OSError as e:
+        raise ValueError(f"cannot read {path}: {e.strerror or e}") from None
     except pickle.UnpicklingError:
         raise ValueError(f"{path} is not a checkpoint, or holds more than weights: "
                          "refused") from None
     except Exception as e:  # a damaged file raises whatever its bytes lead to
         reason = str(e).split("\n")[0][:100] or type(e).__name__
         raise ValueError(f"{path} is truncated or damaged ({reason})") from None
+
+
+def check_sums(path):
+    """Raise ValueError if a part of a zip is damaged. torch.load does not look."""
+    if not zipfile.is_zipfile(path):  # torch wrote none before 1.6
+        return
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} does not match its checksum")
 
 
 # --------------------------------------------------------------------------------------

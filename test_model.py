@@ -1676,6 +1676,24 @@ def test_files_that_are_no_checkpoints_are_refused_and_never_run(trained):
     assert not os.path.exists("was_run")
 
 
+def test_a_flipped_bit_in_the_weights_is_refused(trained):
+    content = bytearray(read_bytes("out/ckpt.pt"))
+    weight = weights_of("out")["transformer.h.0.mlp.c_fc.weight"].numpy().tobytes()
+    content[content.index(weight) + 99] ^= 1
+    write_bytes("flipped.pt", content)
+    torch.load("flipped.pt")  # notices nothing
+    message = refused_sample("--init_from=flipped.pt")
+    assert "flipped.pt is truncated or damaged (" in message
+    assert "does not match its checksum)" in message
+
+
+def test_without_a_checkpoint_a_command_that_makes_one_is_named(workplace):
+    expected = "no checkpoint out/ckpt.pt: python train.py config/quickstart.py makes out/ckpt.pt"
+    assert expected in refused_sample()
+    config = settings.load([f"{HERE}/config/quickstart.py"])
+    assert config.out_dir == "out" and config.init_from == "scratch"
+
+
 def test_checkpoints_of_other_programs_and_versions_are_refused_in_one_line(trained):
     torch.save({"weights": torch.zeros(1)}, "other.pt")
     assert "other.pt is not a checkpoint of train.py" in refused_sample("--init_from=other.pt")
