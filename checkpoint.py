@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from dataclasses import asdict, fields
@@ -79,7 +80,7 @@ def load(path):
 def build(checkpoint):
     """The model of a checkpoint, on the CPU."""
     model = GPT(GPTConfig(**checkpoint["model_config"]))
-    return load_weights(model, checkpoint["model"], "the checkpoint")
+    return load_weights(model, unwrapped(checkpoint["model"]), "the checkpoint")
 
 
 def load_weights(model, weights, source):
@@ -89,7 +90,16 @@ def load_weights(model, weights, source):
     except RuntimeError as e:
         reason = " ".join(str(e).split())[:200]
         raise ValueError(f"{source} is of another architecture: {reason}") from None
+    if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+        raise ValueError(f"{source} is of another architecture: lm_head.weight is not tied to "
+                         "the embedding")
     return model
+
+
+def unwrapped(weights):
+    """The same, without what torch.compile and DistributedDataParallel add to names."""
+    wrapper = r"\b(_orig_mod|module)\."
+    return {re.sub(wrapper, "", name): value for name, value in weights.items()}
 
 
 def save(path, contents, advice="run the same command again"):

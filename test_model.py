@@ -61,6 +61,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Tools that several parts share
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+WRAPPERS = ["_orig_mod.", "module.", "module._orig_mod."]  # torch.compile's, DDP's, both
 META = 60
 TINY = GPTConfig(block_size=64, vocab_size=64, n_layer=2, n_head=2, n_embd=16, meta_id=META)
 
@@ -1705,6 +1706,18 @@ def test_checkpoints_of_other_programs_and_versions_are_refused_in_one_line(trai
     torch.save(saved, "older.pt")
     expected = "was written by another version: its architecture differs in pos"
     assert expected in refused_sample("--init_from=older.pt")
+
+
+@pytest.mark.parametrize("prefix", WRAPPERS)
+def test_weights_of_compiled_and_distributed_models_are_loaded(prefix):
+    model = small_model()
+    weights = {prefix + name: weight for name, weight in model.state_dict().items()}
+    saved = {"model": weights, "model_config": vars(model.config)}
+    for name, weight in checkpoint.build(saved).state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
+    weights[prefix + "lm_head.weight"] = model.lm_head.weight + 1
+    with pytest.raises(ValueError, match="lm_head.weight is not tied to the embedding"):
+        checkpoint.build(saved)
 
 
 # --------------------------------------------------------------------------------------
