@@ -66,7 +66,7 @@ def load(path):
     if not os.path.exists(path):
         raise ValueError(f"no checkpoint {path}: python train.py config/quickstart.py makes "
                          "out/ckpt.pt")
-    checkpoint = read_torch_file(path)
+    checkpoint = read_tensors(path)
     needed = {"model", "model_config", "settings", "step"}
     if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
         raise ValueError(f"{path} is not a checkpoint of train.py")
@@ -162,11 +162,19 @@ def sha256_of_weights(model):
     return digest.hexdigest()
 
 
-def read_torch_file(path):
-    """Tensors and plain values from a file of torch.save. Code in it does not run."""
+def read_tensors(path):
+    """Tensors and plain values from a file of torch.save, or tensors from .safetensors.
+
+    Code in it does not run.
+    """
     try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
         check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from None
     except OSError as e:
         raise ValueError(f"cannot read {path}: {e.strerror or e}") from None
     except pickle.UnpicklingError:
@@ -258,53 +266,118 @@ class Log:
 
 
 # --------------------------------------------------------------------------------------
-# OpenAI's GPT-2
+# OpenAI's GPT-2, and models made of it, in Hugging Face's format
+
+# What config.json leaves out is as in the smallest GPT-2
+SIZES = {"n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
+
+# What model.py computes. A config.json that says anything else is of another model, and
+# one that says nothing means the first of these values.
+COMPUTED = {
+    "model_type": ("gpt2",),
+    "vocab_size": (50257,),             # the tokenizer's: other ids would mean nothing
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+    "quantization_config": (None,),
+}
+
 
 def is_pretrained(name):
-    """Whether it names OpenAI's GPT-2, or a folder in Hugging Face's format."""
+    """Whether it names a folder in Hugging Face's format, or may be a GPT-2 on the hub.
+
+    Those are 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2', owner/name.
+    """
     if os.path.exists(name):
         return os.path.isfile(os.path.join(name, "config.json"))
-    return name.startswith("gpt2") and not name.endswith(".pt")
+    is_on_hub = re.fullmatch(r"(distil)?gpt2[\w.-]*|\w[\w.-]*/\w[\w.-]*", name)
+    return bool(is_on_hub) and not name.endswith(".pt")
 
 
 def load_gpt2(name):
-    """'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with config.json and
-    pytorch_model.bin. It has no meta-tokens yet: see GPT.with_meta_tokens.
+    """The GPT-2 in a folder with config.json and weights, or of that name on the hub.
+
+    It has no meta-tokens yet: see GPT.with_meta_tokens.
     """
-    config_file = find_pretrained(name, "config.json")
-    weights_file = find_pretrained(name, "pytorch_model.bin")
-    with open(config_file, encoding="utf-8") as file:
-        hf = json.load(file)
-    if hf.get("model_type") != "gpt2":
-        raise ValueError(f"{name} is no GPT-2: its config.json says model_type "
-                         f"{hf.get('model_type')}")
-    model = GPT(GPTConfig(
-        block_size=hf["n_positions"], vocab_size=hf["vocab_size"], n_layer=hf["n_layer"],
-        n_head=hf["n_head"], n_embd=hf["n_embd"], bias=True, pos="absolute", meta_id=None,
-        meta_attention=False))
+    folder = folder_with("config.json", name)
+    model = GPT(gpt2_config(os.path.join(folder, "config.json")))
     weights = {}
-    for key, value in read_torch_file(weights_file).items():
-        if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-            value = value.t()  # Hugging Face's Conv1D holds (in, out)
-        weights["transformer." + key.removeprefix("transformer.")] = value
-    weights["lm_head.weight"] = weights.get("transformer.wte.weight")
+    for path in weights_files(name):
+        for key, value in unwrapped(read_tensors(path)).items():
+            if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+                value = value.t()  # Hugging Face's Conv1D holds (in, out)
+            weights["transformer." + key.removeprefix("transformer.")] = value
+    embedding = weights.get("transformer.wte.weight")
+    weights["lm_head.weight"] = weights.get("transformer.lm_head.weight", embedding)
     wanted = model.state_dict().keys()  # the file also holds causal masks
     weights = {key: value for key, value in weights.items() if key in wanted}
-    return load_weights(model, weights, weights_file)
+    return load_weights(model, weights, name)
 
 
-def find_pretrained(name, file):
-    """Path of a file of a GPT-2, in the folder `name` or from the Hugging Face hub."""
-    if os.path.isdir(name):
-        path = os.path.join(name, file)
-        if not os.path.isfile(path):
-            raise ValueError(f"{name} holds neither ckpt.pt nor Hugging Face's {file}")
-        return path
-    repository = name if "/" in name else f"openai-community/{name}"
+def gpt2_config(path):
+    """The GPTConfig of a config.json. Raise ValueError if model.py computes another."""
+    hf = read_json(path)
+    hf = {**SIZES, "n_positions": hf.get("n_ctx", 1024), **hf}  # n_ctx: its old name
+    for key in SIZES:
+        if type(hf[key]) is not int or hf[key] <= 0:
+            raise ValueError(f"{path}: {key} is {hf[key]!r}, not a positive number")
+    mlp_size = {"n_inner": (None, 4 * hf["n_embd"])}
+    for key, values in (COMPUTED | mlp_size).items():
+        value = hf.get(key, values[0])
+        if value not in values:
+            expected = " or ".join(map(repr, values))
+            raise ValueError(f"{path}: {key} is {value!r}, but model.py is a GPT-2 with {expected}")
+    return GPTConfig(
+        block_size=hf["n_positions"], vocab_size=50257, n_layer=hf["n_layer"],
+        n_head=hf["n_head"], n_embd=hf["n_embd"], bias=True, pos="absolute", meta_id=None,
+        meta_attention=False)
+
+
+def weights_files(name):
+    """Paths of a GPT-2's weights: one file, or the shards that an index names."""
+    for file, pattern in (("model.safetensors", "model*.safetensors*"),
+                          ("pytorch_model.bin", "pytorch_model*.bin*")):
+        folder = folder_with(pattern, name)
+        path = os.path.join(folder, file)
+        if os.path.isfile(path):
+            return [path]
+        if os.path.isfile(path + ".index.json"):
+            shards = sorted(set(read_json(path + ".index.json")["weight_map"].values()))
+            for shard in shards:
+                if os.path.basename(shard) != shard:
+                    raise ValueError(f"{path}.index.json names {shard}, which is no file beside it")
+            return [os.path.join(folder, shard) for shard in shards]
+    raise ValueError(f"{name} holds neither model.safetensors nor pytorch_model.bin")
+
+
+def read_json(path):
+    """The dictionary in a JSON file."""
     try:
-        from huggingface_hub import hf_hub_download
-        return hf_hub_download(repository, file)
+        with open(path, encoding="utf-8-sig") as file:
+            contents = json.load(file)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"cannot read {path} as JSON: {e}") from None
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} is not a dictionary")
+    return contents
+
+
+def folder_with(pattern, name):
+    """The folder `name`, or one with files of that GPT-2 from the Hugging Face hub."""
+    if os.path.isdir(name):
+        return name
+    repository = name
+    if "/" not in name:
+        owner = "distilbert" if name.startswith("distil") else "openai-community"
+        repository = f"{owner}/{name}"
+    try:
+        from huggingface_hub import snapshot_download
+        return snapshot_download(repository, allow_patterns=pattern)
     except Exception as e:  # offline, unknown, not permitted, not installed
-        raise ValueError(f"cannot get {file} of '{name}' from the Hugging Face hub "
-                         f"({type(e).__name__}): go online, or put config.json and "
-                         "pytorch_model.bin into a folder and name that") from None
+        reason = f"{type(e).__name__}: {str(e)[:100]}".splitlines()[0]
+        raise ValueError(f"no checkpoint or folder {name}, and no {repository} from the Hugging "
+                         f"Face hub ({reason}): check the name, go online, or name a folder "
+                         "with config.json and model.safetensors") from None

@@ -46,6 +46,7 @@ from results import plot_synthetic
 
 import numpy as np
 import pytest
+import safetensors.torch
 import tiktoken
 import torch
 from matplotlib import rcParams
@@ -669,10 +670,10 @@ def test_a_temperature_next_to_nothing_takes_the_likeliest_token():
 
 
 # --------------------------------------------------------------------------------------
-# model.py: GPT-2's own weights
+# checkpoint.py: GPT-2's own weights
 
-def hugging_face_folder(folder, vocab=50):
-    """A tiny GPT-2 of random weights in Hugging Face's format."""
+def hugging_face_folder(folder, vocab=50257):
+    """A tiny GPT-2 of random weights in Hugging Face's format, as it was until 2023."""
     C, L = 12, 2
     torch.manual_seed(0)
     shapes = {"wte.weight": (vocab, C), "wpe.weight": (16, C),
@@ -692,10 +693,13 @@ def hugging_face_folder(folder, vocab=50):
     causal_mask = torch.ones(1, 1, 16, 16).tril()
     weights["h.0.attn.bias"] = causal_mask  # as old files carry it
     torch.save(weights, folder / "pytorch_model.bin")
-    config = {"model_type": "gpt2", "n_layer": L, "n_head": 3, "n_embd": C, "n_positions": 16,
-              "vocab_size": vocab, "layer_norm_epsilon": 1e-5}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_config(folder, vocab_size=vocab, layer_norm_epsilon=1e-5)
     return weights
+
+
+def write_config(folder, **changes):
+    config = {"model_type": "gpt2", "n_layer": 2, "n_head": 3, "n_embd": 12, "n_positions": 16}
+    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def test_pretrained_gpt2_computes_what_its_weights_say(tmp_path):
@@ -730,29 +734,154 @@ def test_pretrained_gpt2_computes_what_its_weights_say(tmp_path):
 
 def test_adding_meta_tokens_leaves_the_logits_of_text_as_they_were(tmp_path):
     hugging_face_folder(tmp_path)
-    plain, idx = checkpoint.load_gpt2(str(tmp_path)), torch.randint(0, 50, (2, 10))
-    model = plain.with_meta_tokens(50)
-    assert model.config.vocab_size == 64 and model.config.text_vocab_size == 50
-    assert torch.equal(model(idx)[0][..., :50], plain(idx)[0])
+    plain, idx = checkpoint.load_gpt2(str(tmp_path)), torch.randint(0, 50257, (2, 10))
+    model = plain.with_meta_tokens(50257)
+    assert model.config.vocab_size == 50304 and model.config.text_vocab_size == 50257
+    assert torch.equal(model(idx)[0][..., :50257], plain(idx)[0])
     mean = plain.transformer.wte.weight.mean(0)
-    torch.testing.assert_close(model.transformer.wte.weight[50:], mean.expand(14, -1))
+    torch.testing.assert_close(model.transformer.wte.weight[50257:], mean.expand(47, -1))
     for block in model.transformer.h:
         assert not block.meta_attn.c_proj.weight.any()
         assert not block.meta_attn.c_proj.bias.any()
         assert block.meta_attn.c_attn.weight.any()
-    idx[:, 4] = 50
+    idx[:, 4] = 50257
     model(idx[:, :-1], idx[:, 1:])[1].backward()
     for block in model.transformer.h:
         assert block.meta_attn.c_proj.weight.grad.any()
 
 
-def test_a_folder_without_gpt2_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds neither"):
-        checkpoint.load_gpt2(str(tmp_path))
+def save_as_today(folder, weights, shards=1):
+    """What save_pretrained writes: model.safetensors, or shards and their index."""
+    names = sorted(name for name in weights if name != "h.0.attn.bias")
+    files = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
+        own = {f"transformer.{name}": weights[name] for name in names[i::shards]}
+        safetensors.torch.save_file(own, folder / file)
+        files |= dict.fromkeys(own, file)
+    if shards > 1:
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": files}))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_gpt2_in_safetensors_is_loaded_even_beside_an_older_file(tmp_path, shards):
+    weights = hugging_face_folder(tmp_path)
+    expected = checkpoint.load_gpt2(str(tmp_path)).state_dict()
+    save_as_today(tmp_path, weights, shards)
+    for older_file in (b"never read", None):
+        if older_file is None:
+            os.remove(tmp_path / "pytorch_model.bin")
+        else:
+            write_bytes(tmp_path / "pytorch_model.bin", older_file)
+        model, saved = checkpoint.load_trained(str(tmp_path), {})
+        assert saved["settings"]["tokenizer"] == "gpt2"
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, expected[name])
+
+
+def test_what_gpt2s_config_leaves_out_is_as_in_the_smallest_gpt2(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    config = checkpoint.gpt2_config(str(tmp_path / "config.json"))
+    assert (config.n_layer, config.n_head, config.n_embd) == (12, 12, 768)
+    assert (config.block_size, config.vocab_size) == (1024, 50257)
+    (tmp_path / "config.json").write_text('\ufeff{"n_ctx": 16}')  # its old name, after a mark
+    assert checkpoint.gpt2_config(str(tmp_path / "config.json")).block_size == 16
+
+
+@pytest.mark.parametrize("change", [
+    {"model_type": "llama"}, {"vocab_size": 50258}, {"activation_function": "relu"},
+    {"layer_norm_epsilon": 1e-6}, {"scale_attn_weights": False}, {"n_inner": 40},
+    {"scale_attn_by_inverse_layer_idx": True}, {"add_cross_attention": True},
+    {"tie_word_embeddings": False}, {"quantization_config": {}}, {"n_head": "3"},
+    {"n_layer": 0}, {"n_embd": None}, {"n_positions": [16]}])
+def test_a_gpt2_that_model_py_does_not_compute_is_refused_by_name(tmp_path, change):
     hugging_face_folder(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="no GPT-2"):
+    write_config(tmp_path, n_inner=48, activation_function="gelu_pytorch_tanh")
+    checkpoint.load_gpt2(str(tmp_path))
+    write_config(tmp_path, **change)
+    (key, value), = change.items()
+    with pytest.raises(ValueError, match=re.escape(f"config.json: {key} is {value!r}, ")):
         checkpoint.load_gpt2(str(tmp_path))
+
+
+def test_bad_files_of_a_gpt2_are_refused_in_one_line(tmp_path):
+    def refused():
+        with pytest.raises(ValueError) as error:
+            checkpoint.load_gpt2(str(tmp_path))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "config.json as JSON: [Errno 2]" in refused()
+    for text, expected in (("{", "config.json as JSON"), ("[1]", "json is not a dictionary")):
+        (tmp_path / "config.json").write_text(text)
+        assert expected in refused()
+    write_config(tmp_path)
+    assert "holds neither model.safetensors nor pytorch_model.bin" in refused()
+    weights = hugging_face_folder(tmp_path)
+    weights["lm_head.weight"] = torch.zeros(50257, 12)
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    assert "lm_head.weight is not tied to the embedding" in refused()
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"transformer.wte.weight": "../x.safetensors"}}')
+    assert "names ../x.safetensors, which is no file beside it" in refused()
+    index.write_text('{"weight_map": {"transformer.wte.weight": "x.safetensors"}}')
+    assert "cannot read" in refused() and "x.safetensors: No such file" in refused()
+    (tmp_path / "model.safetensors").write_text("hello")
+    assert "model.safetensors is truncated or damaged" in refused()
+
+
+@pytest.mark.parametrize("prefix", WRAPPERS)
+def test_gpt2s_of_compiled_and_distributed_models_are_loaded(tmp_path, prefix):
+    weights = hugging_face_folder(tmp_path)
+    expected = checkpoint.load_gpt2(str(tmp_path)).state_dict()
+    wrapped = {f"{prefix}transformer.{name}": weight for name, weight in weights.items()}
+    torch.save(wrapped, tmp_path / "pytorch_model.bin")
+    found = checkpoint.load_gpt2(str(tmp_path)).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_names_that_may_be_on_the_hub_are_looked_up_there(tmp_path, monkeypatch):
+    import huggingface_hub
+    asked = []
+
+    def snapshot_download(repository, allow_patterns):
+        asked.append((repository, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    save_as_today(tmp_path, hugging_face_folder(tmp_path))
+    for name, repository in (("gpt2-medium", "openai-community/gpt2-medium"),
+                             ("distilgpt2", "distilbert/distilgpt2"), ("me/my.gpt2", "me/my.gpt2")):
+        checkpoint.load_trained(name, {})
+        # config.json first: a model of another kind is refused before its weights come
+        assert asked == [(repository, "config.json"), (repository, "model*.safetensors*")]
+        asked.clear()
+    os.remove("model.safetensors")
+    checkpoint.load_trained("gpt2", {})
+    assert asked[-1] == ("openai-community/gpt2", "pytorch_model*.bin*")
+    asked.clear()
+    os.makedirs("out/run1")
+    for name in ("out/run1", "none", "out/run1.pt", "./none", "out/a/b"):
+        with pytest.raises(ValueError, match="no checkpoint"):
+            checkpoint.load_trained(name, {})
+    assert not asked
+
+
+@pytest.mark.parametrize("name, repository", [
+    ("gpt2", "openai-community/gpt2"), ("out/run1", "out/run1")])
+def test_what_is_neither_here_nor_on_the_hub_is_refused_for_both(workplace, monkeypatch, name,
+                                                                  repository):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    message = refused_sample(f"--init_from={name}")
+    assert (f"no checkpoint or folder {name}, and no {repository} from the Hugging Face hub "
+            "(ConnectionError: offline): check the name, go online, or name") in message
 
 
 # --------------------------------------------------------------------------------------
@@ -1214,10 +1343,6 @@ def test_bad_sources_are_refused_in_one_line(workplace, monkeypatch):
     message = refusal(prepare.prepare, configure("--source=allenai/c4:en"))
     assert ("cannot be read from the Hugging Face hub (ConnectionError: offline): go online"
             in message)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    message = refusal(train.main, ["--init_from=gpt2", "--device=cpu"])
-    assert ("cannot get config.json of 'gpt2' from the Hugging Face hub (ConnectionError): "
-            "go online, or put") in message
 
 
 def test_without_the_network_gpt2s_bpe_says_what_to_do(monkeypatch):
