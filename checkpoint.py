@@ -9,6 +9,9 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import sys
+from contextlib import suppress
 from dataclasses import asdict, fields
 
 from model import GPT, GPTConfig
@@ -120,6 +123,14 @@ def keep_best(out_dir):
     os.replace(best + ".tmp", best)
 
 
+def remove_run(out_dir):
+    """Remove what a run left, ckpt.pt first: without it nothing can be resumed."""
+    for name in ("ckpt.pt", "best.pt", "log.jsonl", "loss.png"):
+        for path in (os.path.join(out_dir, name), os.path.join(out_dir, name + ".tmp")):
+            with suppress(FileNotFoundError):
+                os.remove(path)
+
+
 def load_optimizer(optimizer, scaler, checkpoint):
     """Restore the moments and the loss scale, but keep today's decay and betas."""
     today = [{name: group[name] for name in ("weight_decay", "betas", "fused")}
@@ -163,41 +174,57 @@ def read_torch_file(path):
 class Log:
     """log.jsonl, the lines on the terminal, and loss.png: of the first process."""
 
-    def __init__(self, out_dir, step, text_per_step, is_on):
-        """Continue the log in out_dir from a step on, or begin one.
+    def __init__(self, out_dir, progress, is_on):
+        """Begin the log in out_dir, or continue it from where a checkpoint was.
 
-        text_per_step: text tokens in a step. is_on: False in all processes but one.
+        progress: what the checkpoint counts: step, logged, evaluated, text_tokens.
+        is_on: False in all processes but one.
         """
         self.path = os.path.join(out_dir, "log.jsonl")
         self.picture = os.path.join(out_dir, "loss.png")
-        self.text_per_step = text_per_step
         self.is_on, self.entries = is_on, []
         if not is_on:
             return
-        if step > 0 and os.path.exists(self.path):
-            self.entries = self.read(step)
+        if os.path.exists(self.path):
+            self.entries = self.read(progress)
         with open(self.path + ".tmp", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
         os.replace(self.path + ".tmp", self.path)
 
-    def read(self, step):
-        """The entries up to a step. A line that a crash cut short is skipped."""
-        with open(self.path, encoding="utf-8") as file:
-            entries = [json.loads(line) for line in file if line.endswith("}\n")]
-        return [entry for entry in entries if entry["step"] <= step]
+    def read(self, progress):
+        """The entries that the checkpoint counts. The run will write the others again.
 
-    def write(self, line, step, **entry):
+        A line that is damaged, as by a crash, is left out.
+        """
+        entries = []
+        with open(self.path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with suppress(ValueError, TypeError, KeyError):
+                    entry = json.loads(line)
+                    known = progress.step
+                    known = progress.logged if "loss" in entry else known
+                    known = progress.evaluated if "val_loss" in entry else known
+                    if entry["step"] <= known:
+                        entries.append(entry)
+        return entries
+
+    def write(self, line, progress, **entry):
         """Add an entry, and show it as a line."""
         if self.is_on:
-            entry = {"step": step, "text_tokens": step * self.text_per_step} | entry
+            entry = {"step": progress.step, "text_tokens": progress.text_tokens} | entry
             self.entries.append(entry)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         self.say(line)
 
     def say(self, line):
-        if self.is_on:
+        if not self.is_on:
+            return
+        try:
             print(line, flush=True)
+        except BrokenPipeError:  # as after `| head`. Save and stop, as by a signal
+            sys.stdout = open(os.devnull, "w")
+            signal.raise_signal(signal.SIGTERM)
 
     def draw(self):
         """Draw training and validation loss over the text seen."""
@@ -216,8 +243,11 @@ class Log:
                  ylim=(0.95 * min(losses), top))
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(self.picture + ".tmp", format="png", dpi=120)
-        os.replace(self.picture + ".tmp", self.picture)
+        try:
+            figure.savefig(self.picture + ".tmp", format="png", dpi=120)
+            os.replace(self.picture + ".tmp", self.picture)
+        except OSError as e:  # a run can go on without its picture
+            self.say(f"cannot draw {self.picture}: {e.strerror}")
 
     @staticmethod
     def curve(axes, entries, name, label, **style):

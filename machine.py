@@ -97,6 +97,11 @@ class Machine:
         return None if peak is None else peak * self.world
 
 
+def is_first_process():
+    """Whether this is torchrun's first process, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def pick_device(name):
     """A torch.device for the setting `device`. Raises ValueError if there is none."""
     alone = "WORLD_SIZE" not in os.environ  # else torchrun gives each process its own GPU
@@ -139,6 +144,12 @@ def processor():
     return platform.processor() or platform.machine()
 
 
+def is_out_of_memory(error):
+    """Whether an exception says that memory ran out, on whatever device."""
+    is_one = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return is_one or re.search("can't allocate memory|out of memory", str(error)) is not None
+
+
 class Speed:
     """Tokens a second since the last look, and MFU: their share of the peak FLOP/s.
 
@@ -175,7 +186,7 @@ class StopRequest:
     """Notes a SIGINT or SIGTERM as `signal`, which is 0 before. A second one kills."""
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.parent = 0, os.getppid()
         self.handlers = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             self.handlers[number] = signal.signal(number, self.ask)
@@ -183,6 +194,11 @@ class StopRequest:
     def ask(self, number, frame):
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
+
+    def look(self):
+        """The signal, or 0. A process of a torchrun that has died is to stop, too."""
+        is_orphan = "WORLD_SIZE" in os.environ and os.getppid() != self.parent
+        return signal.SIGTERM if is_orphan else self.signal
 
     def restore(self):
         for number, handler in self.handlers.items():
