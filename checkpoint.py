@@ -2,7 +2,7 @@
 
 A checkpoint is a dictionary in ckpt.pt (the last state of a run) or in best.pt (that of
 the lowest validation loss). Loading never runs code from a file. Whatever is wrong with
-a file is a ValueError of one line.
+a file raises a ValueError of one line.
 """
 import hashlib
 import json
@@ -20,7 +20,7 @@ import torch
 
 # The architecture comes from the checkpoint. These settings may be changed afterwards:
 MAY_CHANGE = ("block_size", "yarn_scale", "dropout", "zero_meta_pos", "zero_meta_embd")
-# and these may not; only meta-attention may be asked of a model without meta-tokens.
+# These may not, but meta-attention may be added to a model without meta-tokens:
 FIXED = ("n_layer", "n_head", "n_embd", "bias", "pos", "rope_base", "beta_fast", "beta_slow",
          "meta_attention")
 ARCHITECTURE = FIXED + MAY_CHANGE
@@ -29,7 +29,7 @@ ARCHITECTURE = FIXED + MAY_CHANGE
 def load_trained(name, given):
     """(model, checkpoint) by name: a checkpoint's file or folder, or a GPT-2.
 
-    given: what was asked for, {setting: value}, of ARCHITECTURE and the tokenizer.
+    given: {setting: value} of what was asked for, of ARCHITECTURE and the tokenizer.
     Raises ValueError if the file is bad, or if a setting that may not change differs.
     """
     if is_pretrained(name):
@@ -172,7 +172,7 @@ def read_torch_file(path):
 # The log
 
 class Log:
-    """log.jsonl, the lines on the terminal, and loss.png: of the first process."""
+    """log.jsonl, the lines on the terminal, and loss.png: of the first process only."""
 
     def __init__(self, out_dir, progress, is_on):
         """Begin the log in out_dir, or continue it from where a checkpoint was.

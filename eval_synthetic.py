@@ -854,7 +854,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         raise SystemExit(f"error: interrupted; {GO_ON}") from None
     except BrokenExecutor:
-        raise SystemExit("error: a worker was killed, perhaps for want of memory: try fewer "
+        raise SystemExit("error: a worker was killed, perhaps for lack of memory: try fewer "
                          f"--workers; {GO_ON}") from None
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):

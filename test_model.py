@@ -847,13 +847,13 @@ def test_values_are_read_as_the_types_of_their_settings(tmp_path):
     (tmp_path / "c.py").write_text(
         '"""A config."""\nn_layer = 3 * 2\nlearning_rate = 1  # an int\nmax_tokens = 1e9\n'
         "n_head = 2\nmax_iters = 2**4 // 3 - 1\nwarmup_iters = 6 / 3\n"
-        "seed = 12345678901234567891\ncompile = True\n")
+        "seed = 1234567890123456789\ncompile = True\n")
     config = settings.load([str(tmp_path / "c.py"), "--n_head=4", "--overwrite", "--bias=true",
                             "--eval_only=0", "--batch_size=1e3", "--start=a=b"])
     assert (config.n_layer, config.learning_rate, config.max_tokens) == (6, 1.0, 1_000_000_000)
     assert (config.max_iters, config.warmup_iters, config.n_head) == (4, 2, 4)
     assert type(config.max_tokens) is type(config.warmup_iters) is int
-    assert type(config.learning_rate) is float and config.seed == 12345678901234567891
+    assert type(config.learning_rate) is float and config.seed == 1234567890123456789
     assert (config.overwrite, config.bias, config.eval_only) == (True, True, False)
     assert (config.compile, config.batch_size, config.start) == ("true", 1000, "a=b")
     for argument in ("--compile", "--compile=TRUE"):
@@ -898,7 +898,7 @@ def test_a_config_knows_what_was_given_and_what_was_typed(tmp_path):
     (["--yarn_scale=inf"], "yarn_scale=inf: expected a number"),
     (["--seed=1e30"], "seed=1e30: expected a whole number below 2^63"),
     (["--eval_iters=200"], "unknown setting 'eval_iters' (did you mean eval_tokens?)"),
-    (["--meta_rate=0.001", "--block_size=64"], "meta_rate=0.001 puts no meta-token"),
+    (["--meta_rate=0.001", "--block_size=64"], "meta_rate=0.001 leaves no meta-token"),
     (["missing.py"], "no config file 'missing.py'"),
     (["bad_syntax.py"], "bad_syntax.py:2: "),
     (["bad_line.py"], "bad_line.py:1: a config file holds assignments only"),
@@ -2481,7 +2481,7 @@ def test_models_without_marks_are_compared_at_equal_steps():
 def test_results_of_a_label_differ_only_in_their_seeds():
     first, second = a_result("B", "task", 1), a_result("B", "task", 2)
     assert refusal(panels_of, first, a_result("B", "task", 1)) == \
-        "error: 1: 'B' has another result of the same seeds: name one of the two"
+        "error: 1: 'B' has two results of the same seeds: name only one of them"
     second["run"]["trial_steps"] = 300  # a setting of older versions, without any effect
     assert panels_of(first, second) == {("copying", "task"): {"B": [first, second]}}
     second["run"]["stream"]["mark"] = 35
@@ -2654,7 +2654,7 @@ def test_bad_results_are_refused_in_one_line(tuned):
     longer = changed("longer.json", '"train_length": 192', '"train_length": 256')
     assert "has results of different settings" in refused(tuned[0], longer)
     twice = changed("twice.json", "", "")
-    assert "has another result of the same seeds" in refused(tuned[0], twice)
+    assert "has two results of the same seeds" in refused(tuned[0], twice)
 
 
 def test_what_only_some_seeds_measured_is_left_out_of_the_figure(tuned, capsys):
@@ -2941,7 +2941,7 @@ def test_analysis_writes_all_its_parts(looked_into, capsys):
     panels = result_of("rate_distortion")["panels"]
     assert [list(panel["curves"]) for panel in panels] == [
         ["out"],
-        ["the mark behind the queried list", "the text token before that",
+        ["the mark after the queried list", "the text token before the mark",
          "mean over the text up to there"],
         ["the meta-token", "the text token before it"]]
     assert np.shape(panels[0]["curves"]["out"]["rate"]) == (10, 2)
@@ -2980,7 +2980,7 @@ def test_attention_on_meta_tokens_is_measured_behind_the_first(looked_into):
     (["--init_from=plain.pt"], "sharpening, residual, attention: the checkpoint has no "
      "meta-tokens; it allows --what=rate_distortion,perplexity"),
     (["--init_from=plain.pt", "--what=perplexity"],
-     "data/d has 19 meta-tokens a block, but the checkpoint is one without meta-tokens"),
+     "data/d has 19 meta-tokens a block, but the checkpoint was trained without them"),
     (["--dataset=nothing"], "no data in data/nothing: run python prepare.py"),
     (["--what=attention", "--start=x", "--seed=1"],
      "the prompt of 1 tokens has no meta-token inside, at meta_rate=0.2"),
@@ -2990,14 +2990,14 @@ def test_attention_on_meta_tokens_is_measured_behind_the_first(looked_into):
      "has no meta-token inside, at meta_rate=0.0"),
     (["--what=rate_distortion", "--compare=gone.pt"], "no checkpoint gone.pt"),
     (["--what=rate_distortion", "--compare=parity.pt"],
-     "is about List Recall in tokens of bytes, but parity was tuned on parity"),
+     "needs List Recall with tokenizer bytes, but parity was tuned on parity"),
     (["--what=rate_distortion", "--compare=a.pt,b.pt"],
      "tuned at different lengths, [96, 192] tokens"),
     (["--what=rate_distortion", "--compare=a.pt,a.pt"],
      "two models of one name, a: rename a file"),
     (["--what=rate_distortion", "--train_length=64"], "List Recall needs 83 tokens"),
     (["--what=perplexity", "--block_size=9999"],
-     "two sequences of four windows, block_size=9999, take"),
+     "two sequences of four windows (block_size=9999) need"),
     (["--init_from=nowhere"], "no checkpoint nowhere"),
     (["--analysis_blocks=0"], "analysis_blocks=0 must be positive"),
 ])

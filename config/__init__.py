@@ -16,9 +16,9 @@ import re
 import sys
 from dataclasses import dataclass, field, fields
 
-# OpenMP reads this when torch is loaded: import config before torch. Threads that wait
-# for one another spin, by default for long. That slowed training down 30 times while
-# another process kept one of two cores busy.
+# OpenMP reads this when torch is loaded: import config before torch. By default,
+# waiting threads spin for a long time. While another process kept one of two cores
+# busy, that made training 30 times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 NOT_NEGATIVE, POSITIVE, FROM_ONE = "at least 0", "positive", "at least 1"
@@ -60,8 +60,8 @@ class Model:
     pos: str = setting("rope", "positions; absolute: learned", ("rope", "absolute", "none"))
     rope_base: float = setting(10000.0, "base of RoPE's wavelengths", POSITIVE)
     yarn_scale: float = setting(1.0, "YaRN: new window / old window; 1: plain RoPE", FROM_ONE)
-    beta_fast: float = setting(32.0, "YaRN keeps frequencies of more turns in the old window")
-    beta_slow: float = setting(1.0, "YaRN divides frequencies of fewer turns by yarn_scale")
+    beta_fast: float = setting(32.0, "YaRN keeps frequencies with more turns in the old window")
+    beta_slow: float = setting(1.0, "YaRN divides frequencies with fewer turns by yarn_scale")
     meta_attention: bool = setting(True, "a second attention in each block, among meta-tokens")
     zero_meta_pos: bool = setting(False, "no positions at meta-tokens (the paper's No Pos)")
     zero_meta_embd: bool = setting(False, "no embeddings at meta-tokens (the paper's No embed)")
@@ -87,8 +87,8 @@ class Training:
     log_interval: int = setting(10, "steps between lines of the log", POSITIVE)
     eval_interval: int = setting(1000, "steps between evaluations, and checkpoints", POSITIVE)
     eval_only: bool = setting(False, "evaluate once and exit")
-    eval_tokens: int = setting(2_457_600, "text tokens to evaluate on: the first ones", POSITIVE)
-    max_minutes: float = setting(0.0, "time limit, which the learning rate follows; 0: none")
+    eval_tokens: int = setting(2_457_600, "evaluate on the first so many text tokens", POSITIVE)
+    max_minutes: float = setting(0.0, "time limit, also for the learning rate; 0: none")
     overwrite: bool = setting(False, "replace what is there already")
     seed: int = setting(1337, "of data order, initial weights, meta-tokens and sampling")
 
@@ -117,8 +117,8 @@ class Sampling:
 class Tasks:
     task: str = setting("list_recall", "synthetic task",
                         ("list_recall", "segment_counting", "parity", "copying", "all"))
-    placement: str = setting("task", "where marks go; task: at what is asked for (the paper's), "
-                             "all: at what could be", ("task", "all", "random", "none"))
+    placement: str = setting("task", "where marks go; task: at the unit in question (the "
+                             "paper's), all: at every unit", ("task", "all", "random", "none"))
     marker: str = setting("meta", "mark; fresh: a new token, text: #; several: comma-separated",
                           ("meta", "fresh", "text", "none"))
     add_meta: bool = setting(False, "add meta-tokens and meta-attention to a model without them")
@@ -150,7 +150,7 @@ class Analysis:
 
 @dataclass
 class Benchmark:
-    gpu: bool = setting(False, "a model of GPT-2's size on a GPU, beside nanoGPT's way to run it")
+    gpu: bool = setting(False, "models of GPT-2's size on a GPU, beside nanoGPT's way to run one")
 
 
 ALL_GROUPS = (Data, Preparation, Model, Training, Machine, Sampling, Tasks, Analysis, Benchmark)
@@ -353,8 +353,8 @@ def check(config):
             raise config.error(f"{name}={value} must be {allowed}")
     n_meta = round(config.meta_rate * config.block_size)
     if config.meta_rate > 0 and not 1 <= n_meta < config.block_size:
-        raise config.error(f"meta_rate={config.meta_rate} puts no meta-token, or nothing else, "
-                           f"into block_size={config.block_size}")
+        raise config.error(f"meta_rate={config.meta_rate} leaves no meta-token, or no text, "
+                           f"in block_size={config.block_size}")
 
 
 def in_range(value, allowed):
