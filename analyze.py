@@ -81,7 +81,7 @@ def attention_rows(attn, x, rope):
 # Statistics. A part's findings hold arrays, which become lists in its .json
 
 def estimate(values):
-    """The mean over the first axis and its 95% interval (normal); NaN is no value."""
+    """The mean over the first axis and its 95% interval (normal). NaNs are left out."""
     values = np.asarray(values, dtype=float)
     with np.errstate(invalid="ignore", divide="ignore"):
         n = np.isfinite(values).sum(0)
@@ -91,13 +91,13 @@ def estimate(values):
 
 
 def text_of(found, *place):
-    """An estimate for people; place: its index, if it is one of many."""
+    """An estimate as text; place: its index, if there are several."""
     mean, high = found["mean"][place], found["high"][place]
     return f"{mean:.3f} ± {high - mean:.3f}"
 
 
 def for_json(value):
-    """Findings with lists for arrays, and None for what is not finite."""
+    """Findings with lists for arrays, and None for numbers that are not finite."""
     if isinstance(value, dict):
         return {name: for_json(own) for name, own in value.items()}
     if isinstance(value, (list, tuple)):
@@ -128,8 +128,8 @@ def entropy(logits):
 def meets_condition(logits):
     """Where a key's attention a_j exceeds exp(-H): (..., T), bool.
 
-    Theorem 4.1 needs this and does not say it. While the logit of key j alone rises,
-    dH/dlogit = -a_j (log a_j + H), so that the entropy falls exactly there.
+    Theorem 4.1 needs this but does not say so. If only the logit of key j rises,
+    dH/dlogit = -a_j (log a_j + H), so the entropy falls exactly where this holds.
     """
     return logits.softmax(-1) > (-entropy(logits)).exp().unsqueeze(-1)
 
@@ -148,11 +148,11 @@ def row_statistics(attn, x, rope, keys):
 
 
 def sharpen(model, idx, keys, queries):
-    """How attention changes by the embeddings of some keys: with them, against zeroed.
+    """Compare attention with the embeddings of some keys, and with them zeroed.
 
-    keys, queries: bool (B, T). Returns CHANGES, each (B, L, nh, T), NaN but at queries;
-    and "share" (B, L, nh): of the pairs of a query and an earlier key, those that meet
-    the theorem's condition before the key's logit is raised.
+    keys, queries: bool (B, T). Returns CHANGES, each (B, L, nh, T), NaN except at
+    queries; and "share" (B, L, nh), the share of pairs of a query and an earlier key
+    that meet the theorem's condition before the key's logit is raised.
     """
     states = []
     for zeroed in (None, keys):
@@ -190,7 +190,7 @@ def measure_sharpening(subject):
         zeroed = {"meta": is_meta, "text": random_text(is_meta, generator)}
         queries = ~is_meta & ~zeroed["text"]
         for keys in zeroed.values():
-            queries &= keys.cumsum(-1) > 0  # behind the first of both kinds
+            queries &= keys.cumsum(-1) > 0  # after the first of both kinds
         for kind, keys in zeroed.items():
             batches[kind].append(sharpen(subject.model, idx, keys, queries))
 
@@ -454,8 +454,8 @@ def read_sequences(subject):
     if n < 2:
         raise subject.config.error(
             f"{prepare.folder_of(subject.config.dataset)} has {len(blocks)} validation blocks, "
-            f"but two sequences of four windows, block_size={length // 4}, take {2 * size}: "
-            "prepare more by --val_fraction=")
+            f"but two sequences of four windows (block_size={length // 4}) need {2 * size}: "
+            "prepare more with a higher --val_fraction=")
     firsts = np.linspace(0, len(blocks) - size, n).astype(int)
     numbers = (firsts[:, None] + np.arange(size)).flatten()
     return [tokens.view(n, -1)[:, :length] for tokens in blocks.batch(numbers)]
@@ -503,9 +503,9 @@ def draw_perplexity(findings):
     ax.set_xscale("log", base=2)
     lengths = [*findings["by_context"]["as trained"]]
     ax.set_xticks(lengths, labels=map(str, lengths))
-    ax.set(title=f"The same last {findings['tail']} tokens behind more and more context\n"
+    ax.set(title=f"Loss on the same last {findings['tail']} tokens as the context grows\n"
            f"({findings['sequences']} sequences, 95% intervals over them)",
-           xlabel="length of what is read (tokens)",
+           xlabel="length of the context (tokens)",
            ylabel=f"loss, minus that after {window} tokens as trained (nats per text token)")
     ax.grid(alpha=0.3)
     ax.legend()
@@ -561,7 +561,7 @@ def names_of(encoding, tokens):
 
 
 # --------------------------------------------------------------------------------------
-# The script. A part makes of a Subject (findings, figure, summary in a line)
+# The script. A part maps a Subject to (findings, figure, one-line summary)
 
 PARTS = {part.__name__: part
          for part in (sharpening, residual, attention, rate_distortion, perplexity)}
@@ -595,8 +595,7 @@ class Subject:
         config.remember(self.checkpoint["settings"], ("meta_rate", "meta_placement"))
         if not config.given("dataset"):
             config.remember(self.checkpoint["settings"], DATA)
-        # rate_distortion compares meta-tokens with plain text, which a tuned model has
-        # forgotten
+        # Tuning makes a model forget plain text, so rate_distortion then reads none
         self.reads_plain_text = has_meta and "run" not in self.checkpoint
         needs_data = {"sharpening", "residual", "perplexity"}
         if not config.given("start"):
@@ -612,12 +611,12 @@ class Subject:
         manifest, folder = prepare.read_manifest(config), prepare.folder_of(config.dataset)
         n_meta = manifest["meta_per_block"]
         if manifest["tokenizer"] != config.tokenizer:
-            raise config.error(f"{folder} was written by tokenizer {manifest['tokenizer']}, but "
-                               f"the checkpoint reads {config.tokenizer}")
+            raise config.error(f"{folder} was prepared with tokenizer {manifest['tokenizer']}, "
+                               f"but the checkpoint uses {config.tokenizer}")
         if (n_meta > 0) != (c.meta_id is not None):
             kind = "without" if c.meta_id is None else "with"
-            raise config.error(f"{folder} has {n_meta} meta-tokens a block, but the checkpoint is "
-                               f"one {kind} meta-tokens: name another --dataset=")
+            raise config.error(f"{folder} has {n_meta} meta-tokens a block, but the checkpoint was "
+                               f"trained {kind} them: name another --dataset=")
         if c.pos == "absolute" and manifest["block_size"] > c.block_size:
             raise config.error(f"{folder} has blocks of {manifest['block_size']} tokens, but "
                                f"learned positions end at {c.block_size}")
@@ -644,7 +643,7 @@ def folder_of(config, path):
 
 
 def write(subject, name, argv, findings, figure, summary):
-    """<part>.json and <part>.png: each all of it, or nothing."""
+    """Write <part>.json and <part>.png, each of them whole or not at all."""
     path = os.path.join(subject.folder, name)
     prepare.write_json(f"{path}.json", {
         "what": name, "summary": summary, "figures": for_json(findings),
@@ -672,7 +671,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the parts that are written stay") from None
     except BrokenExecutor:
-        raise SystemExit("error: a worker was killed, for want of memory perhaps") from None
+        raise SystemExit("error: a worker was killed, perhaps for lack of memory") from None
     except torch.OutOfMemoryError:
         raise SystemExit("error: the device has too little memory: try --device=cpu") from None
     except OSError as e:

@@ -133,14 +133,14 @@ class TrainingStep:
 
 
 def compile_one(step):
-    with suppress(torch.OutOfMemoryError):  # beside the others: alone it may fit
+    with suppress(torch.OutOfMemoryError):  # beside the others: it may still fit alone
         next(step.build().losses(1)).backward()
 
 
 def compile_ahead(steps, config):
     """Compile the steps side by side, in processes of their own.
 
-    What torch compiles it caches on the disk, so this process need not do it again.
+    torch caches compiled code on disk, so this process need not compile it again.
     """
     start = time.perf_counter()
     with ProcessPoolExecutor(
@@ -166,7 +166,7 @@ class DenseMeta:
         self.is_meta = is_meta.unsqueeze(-1)                               # (B, T, 1)
 
     def update(self, layer, k, v):
-        """What attention asks of a cache: keys, values, and the mask to attend by."""
+        """What attention asks of a cache: keys, values, and the attention mask."""
         return k, v, self.mask
 
 
@@ -227,7 +227,7 @@ def memory(config, shape, machine):
     for size in (n, 2 * n):
         step = TrainingStep(machine, size, size, shape)
         rows += compare("memory", {f"Meta+RoPE, micro-batch {size}": step.build()}, machine, 2)
-        del step  # so that the other one is alone in the memory
+        del step  # free its memory for the next
     per_token = (rows[1]["peak_bytes"] - rows[0]["peak_bytes"]) / (n * T)
     fixed = rows[0]["peak_bytes"] - n * T * per_token
     total = torch.cuda.get_device_properties(machine.device).total_memory
@@ -239,7 +239,7 @@ def memory(config, shape, machine):
 
 
 def draw(model, n, prompt=1, batch=1, **options):
-    """Draw n text tokens behind a prompt of so many, with sample.py's settings."""
+    """Draw n text tokens after a prompt of `prompt` tokens, as sample.py does."""
     start = torch.zeros(batch, prompt, dtype=torch.long, device=model.lm_head.weight.device)
     model.generate(start, n, temperature=0.8, top_k=200, seed=0, **options)
     return batch * n, 0
@@ -251,7 +251,7 @@ def draw_as_nanogpt(model, n, machine):
 
 
 def generation(config, shape, machine):
-    """Text tokens behind a prompt of one, then the wait for the first token."""
+    """Generate text after a prompt of one token; then time the first token."""
     torch.manual_seed(0)
     nanogpt = GPT(gpt2(shape)).to(machine.device).eval()
     plain = GPT(gpt2(shape)).to(machine.device, machine.dtype).eval()

@@ -2,7 +2,7 @@
 
 A checkpoint is a dictionary in ckpt.pt (the last state of a run) or in best.pt (that of
 the lowest validation loss). Loading never runs code from a file. Whatever is wrong with
-a file is a ValueError of one line.
+a file raises a ValueError of one line.
 """
 import errno
 import hashlib
@@ -11,7 +11,10 @@ import os
 import pickle
 import re
 import shutil
+import signal
+import sys
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict, fields
 
 from model import GPT, GPTConfig
@@ -20,7 +23,7 @@ import torch
 
 # The architecture comes from the checkpoint. These settings may be changed afterwards:
 MAY_CHANGE = ("block_size", "yarn_scale", "dropout", "zero_meta_pos", "zero_meta_embd")
-# and these may not; only meta-attention may be asked of a model without meta-tokens.
+# These may not, but meta-attention may be added to a model without meta-tokens:
 FIXED = ("n_layer", "n_head", "n_embd", "bias", "pos", "rope_base", "beta_fast", "beta_slow",
          "meta_attention")
 ARCHITECTURE = FIXED + MAY_CHANGE
@@ -29,7 +32,7 @@ ARCHITECTURE = FIXED + MAY_CHANGE
 def load_trained(name, given):
     """(model, checkpoint) by name: a checkpoint's file or folder, or a GPT-2.
 
-    given: what was asked for, {setting: value}, of ARCHITECTURE and the tokenizer.
+    given: {setting: value} of what was asked for, of ARCHITECTURE and the tokenizer.
     Raises ValueError if the file is bad, or if a setting that may not change differs.
     """
     if is_pretrained(name):
@@ -139,6 +142,14 @@ def keep_best(out_dir):
     os.replace(best + ".tmp", best)
 
 
+def remove_run(out_dir):
+    """Remove what a run left, ckpt.pt first: without it nothing can be resumed."""
+    for name in ("ckpt.pt", "best.pt", "log.jsonl", "loss.png"):
+        for path in (os.path.join(out_dir, name), os.path.join(out_dir, name + ".tmp")):
+            with suppress(FileNotFoundError):
+                os.remove(path)
+
+
 def load_optimizer(optimizer, scaler, checkpoint):
     """Restore the moments and the loss scale, but keep today's decay and betas."""
     today = [{name: group[name] for name in ("weight_decay", "betas", "fused")}
@@ -199,43 +210,59 @@ def check_sums(path):
 # The log
 
 class Log:
-    """log.jsonl, the lines on the terminal, and loss.png: of the first process."""
+    """log.jsonl, the lines on the terminal, and loss.png: of the first process only."""
 
-    def __init__(self, out_dir, step, text_per_step, is_on):
-        """Continue the log in out_dir from a step on, or begin one.
+    def __init__(self, out_dir, progress, is_on):
+        """Begin the log in out_dir, or continue it from where a checkpoint was.
 
-        text_per_step: text tokens in a step. is_on: False in all processes but one.
+        progress: what the checkpoint counts: step, logged, evaluated, text_tokens.
+        is_on: False in all processes but one.
         """
         self.path = os.path.join(out_dir, "log.jsonl")
         self.picture = os.path.join(out_dir, "loss.png")
-        self.text_per_step = text_per_step
         self.is_on, self.entries = is_on, []
         if not is_on:
             return
-        if step > 0 and os.path.exists(self.path):
-            self.entries = self.read(step)
+        if os.path.exists(self.path):
+            self.entries = self.read(progress)
         with open(self.path + ".tmp", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
         os.replace(self.path + ".tmp", self.path)
 
-    def read(self, step):
-        """The entries up to a step. A line that a crash cut short is skipped."""
-        with open(self.path, encoding="utf-8") as file:
-            entries = [json.loads(line) for line in file if line.endswith("}\n")]
-        return [entry for entry in entries if entry["step"] <= step]
+    def read(self, progress):
+        """The entries that the checkpoint counts. The run will write the others again.
 
-    def write(self, line, step, **entry):
+        A line that is damaged, as by a crash, is left out.
+        """
+        entries = []
+        with open(self.path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with suppress(ValueError, TypeError, KeyError):
+                    entry = json.loads(line)
+                    known = progress.step
+                    known = progress.logged if "loss" in entry else known
+                    known = progress.evaluated if "val_loss" in entry else known
+                    if entry["step"] <= known:
+                        entries.append(entry)
+        return entries
+
+    def write(self, line, progress, **entry):
         """Add an entry, and show it as a line."""
         if self.is_on:
-            entry = {"step": step, "text_tokens": step * self.text_per_step} | entry
+            entry = {"step": progress.step, "text_tokens": progress.text_tokens} | entry
             self.entries.append(entry)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         self.say(line)
 
     def say(self, line):
-        if self.is_on:
+        if not self.is_on:
+            return
+        try:
             print(line, flush=True)
+        except BrokenPipeError:  # as after `| head`. Save and stop, as by a signal
+            sys.stdout = open(os.devnull, "w")
+            signal.raise_signal(signal.SIGTERM)
 
     def draw(self):
         """Draw training and validation loss over the text seen."""
@@ -254,8 +281,11 @@ class Log:
                  ylim=(0.95 * min(losses), top))
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(self.picture + ".tmp", format="png", dpi=120)
-        os.replace(self.picture + ".tmp", self.picture)
+        try:
+            figure.savefig(self.picture + ".tmp", format="png", dpi=120)
+            os.replace(self.picture + ".tmp", self.picture)
+        except OSError as e:  # a run can go on without its picture
+            self.say(f"cannot draw {self.picture}: {e.strerror}")
 
     @staticmethod
     def curve(axes, entries, name, label, **style):

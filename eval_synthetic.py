@@ -20,8 +20,8 @@ meta-token (--marker=meta), a token that the model never saw (fresh), or a plain
     random    as many as with `task`, anywhere
     none      nowhere
 
-The text of an example is the same whatever its marks. For that, its length counts one
-token for every place that `all` would mark, so one with fewer marks has fewer tokens.
+The text of an example is the same whatever its marks. So its "length" is the number of
+tokens that it has with --placement=all. With fewer marks it has fewer tokens than that.
 "exact" is the share of examples whose answer is right in every token.
 
 Writes results/<name>.json, and the fine-tuned model to <out_dir>/<name>.pt. The same
@@ -49,7 +49,7 @@ import config as settings
 import checkpoint
 import prepare
 import train
-from machine import Machine, StopRequest, duration, processor
+from machine import Machine, StopRequest, duration, is_out_of_memory, processor
 from model import rope_tables
 
 import numpy as np
@@ -263,10 +263,11 @@ def split_of(prompt):
 
 
 def draw(stream, split, longest, number, exactly=None):
-    """Example `number` of a split: more than longest/2 and at most longest tokens, or
-    `exactly` so many (then longest only seeds the draw).
+    """Example `number` of a split, of more than longest/2 and at most longest tokens.
 
-    It depends on these arguments alone, and is drawn again until it is in the split.
+    If `exactly` is given, it has that length, and `longest` is only a part of the seed,
+    so that each phase has its own examples. An example depends on these arguments
+    alone. It is drawn again until it is in the split.
     """
     bounds = (longest // 2 + 1, longest) if exactly is None else (exactly, exactly)
     seed = stream.seed if split == "train" else TEST_SEED
@@ -339,7 +340,8 @@ def open_model(config):
     checkpoint it is. Raises SystemExit if model and mark do not go together.
     """
     torch.manual_seed(config.seed)  # for the meta-attention that --add_meta makes
-    # Applies a typed block_size, yarn_scale ..., and sets config.tokenizer
+    # The model in out_dir, or in a typed --init_from=, with a typed block_size,
+    # yarn_scale ... This also sets config.tokenizer.
     model, saved, path = train.load_saved(config)
     identity = {"path": os.path.normpath(path), "step": saved["step"],
                 "seed": saved["settings"].get("seed"),
@@ -578,17 +580,18 @@ def fine_tune(run, saved, pool, machine):
             print_step(run, progress, minutes_a_step)
         is_over = step >= run.steps or 0 < config.max_minutes <= progress.minutes
         is_validation_due = is_over or step % config.val_interval == 0
-        has_trained = len(progress.losses) > 0  # since the last validation
-        if is_validation_due and has_trained:
+        has_new_steps = len(progress.losses) > 0  # no: at step 0, or resumed at a validation
+        if is_validation_due and has_new_steps:
             exact, loss = validate(model, validation, progress, config.train_length, machine)
             is_solved = exact >= SOLVED and progress.phase == run.phases[-1]
             is_over = is_over or (config.stop_solved and is_solved)
             save(run, optimizer, scaler, progress, loss, float(norm), is_over)
+        if stop_request.signal:
+            if has_new_steps and not is_validation_due:  # or it is saved already
+                save(run, optimizer, scaler, progress, progress.train_loss(), float(norm), is_over)
+            raise SystemExit(f"stopped at step {step}; {GO_ON} from there")
         if is_over:
             break
-        if stop_request.signal:
-            save(run, optimizer, scaler, progress, progress.train_loss(), float(norm), is_over)
-            raise SystemExit(f"stopped at step {step}; {GO_ON} from there")
 
         request, examples = next(batches)
         progress.phase = request.longest
@@ -639,15 +642,15 @@ def save(run, optimizer, scaler, progress, loss, norm, is_over):
     checkpoint.save(run.checkpoint, {
         "model": run.model.state_dict(), "model_config": asdict(run.model.config),
         "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-        "settings": asdict(run.config), "run": run.identity, "step": progress.step,
-        "progress": asdict(progress), "finished": is_over}, GO_ON)
+        "settings": asdict(run.config), "run": run.identity, "label": run.label,
+        "step": progress.step, "progress": asdict(progress), "finished": is_over}, GO_ON)
 
 
 # --------------------------------------------------------------------------------------
 # A run, and its files
 
 FORMAT = "synthetic tasks 1"
-# Settings that the fine-tuned model depends on, and those that only its result does:
+# Settings that change the fine-tuned model, and those that change only what is measured
 TUNED_BY = ("seed", "train_length", "phase_steps", "task_batch_size", "task_lr", "task_warmup",
             "val_interval", "val_examples", "max_minutes", "weight_decay", "beta1", "beta2",
             "grad_clip", "dropout", "stop_solved")
@@ -683,7 +686,7 @@ class Run:
         name = re.sub(r"[^\w.-]+", "_", name)
         self.result = f"results/{name}.json"
         self.checkpoint = os.path.join(config.out_dir, f"{name}.pt")
-        self.identity = {name: getattr(config, name) for name in TUNED_BY}
+        self.identity = {setting: getattr(config, setting) for setting in TUNED_BY}
         self.identity |= {"stream": asdict(self.stream), "pretrained": self.pretrained,
                           "model": asdict(self.model.config)}
 
@@ -705,11 +708,14 @@ class Run:
     def go(self, pool, machine):
         """Fine-tune, measure and write the result, or resume what was begun."""
         config = self.config
-        result = self.find(self.result, read_result)
-        if result and all(result["config"][name] == getattr(config, name) for name in MEASURED_BY):
-            return print(f"{self.result} is there already")
         os.makedirs("results", exist_ok=True)
         os.makedirs(config.out_dir, exist_ok=True)
+        _lock = self.lock()  # until this function ends
+        result = self.find(self.result, read_result)
+        if result and all(result["config"][name] == getattr(config, name) for name in MEASURED_BY):
+            print(f"{self.result} is there already")
+            return
+        # If only what is measured differs, the finished model is found below
         print(f"{self.result}: {self.steps} steps, phases {', '.join(map(str, self.phases))}",
               flush=True)
         saved = self.find(self.checkpoint, checkpoint.load)
@@ -723,8 +729,15 @@ class Run:
             history = fine_tune(self, saved, pool, machine)
         self.measure_all(history, pool, machine)
 
+    def lock(self):
+        """Keep other processes from these files while what this returns is kept."""
+        return prepare.lock(f"{self.checkpoint}.lock", f"{self.result} is being made by another "
+                            "process: wait for it, or name another --label=")
+
     def forget(self):
         """Remove what an earlier run left in these files."""
+        os.makedirs(self.config.out_dir, exist_ok=True)
+        _lock = self.lock()
         for path in (self.result, self.checkpoint):
             with suppress(FileNotFoundError):
                 os.remove(path)
@@ -734,7 +747,8 @@ class Run:
         if not os.path.exists(path):
             return None
         found = self.config.checked(load, path)
-        if found.get("run") != self.identity:
+        is_label_same = found.get("label", self.label) == self.label
+        if found.get("run") != self.identity or not is_label_same:
             raise SystemExit(f"error: {path} is of other settings: name another --label=, or "
                              "--overwrite it")
         return found
@@ -782,7 +796,7 @@ def read_result(path):
     try:
         with open(path, encoding="utf-8") as file:
             result = json.load(file)
-        result["run"].pop("trial_steps", None)  # older files have it; nothing depends on it
+        result["run"].pop("trial_steps", None)  # a setting of an older version
         version = result["format"]
         for name in ("label", "task", "placement", "seeds", "tests", "rows", "config"):
             result[name]  # or a KeyError
@@ -840,9 +854,11 @@ def main(argv=None):
     except KeyboardInterrupt:
         raise SystemExit(f"error: interrupted; {GO_ON}") from None
     except BrokenExecutor:
-        raise SystemExit("error: a worker was killed, perhaps for want of memory: try fewer "
+        raise SystemExit("error: a worker was killed, perhaps for lack of memory: try fewer "
                          f"--workers; {GO_ON}") from None
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
         raise SystemExit(f"error: {machine.name()} has too little memory: try a shorter "
                          "--train_length, or a smaller --task_batch_size") from None
     except OSError as e:

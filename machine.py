@@ -31,7 +31,7 @@ PEAK_FLOPS = {
 
 
 class Machine:
-    """Device, precision, and the place of this process among torchrun's.
+    """Device, precision, and the rank of this process under torchrun.
 
     device: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'; dtype: 'auto' or a name in torch;
     compile: 'auto', 'true' or 'false'. Raises ValueError for a missing device.
@@ -46,7 +46,7 @@ class Machine:
         self.compile = compile == "true" or (compile == "auto" and self.type == "cuda")
         if self.type == "cuda":
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+            torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
         if self.world > 1:
             self.join()
 
@@ -65,7 +65,7 @@ class Machine:
         return torch.autocast(self.type, self.dtype)
 
     def all_reduce(self, values, op=dist.ReduceOp.SUM):
-        """The sums (or maxima) over all processes of a list of numbers on the host."""
+        """The sums (or maxima) of a list of numbers over all processes."""
         values = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(values, op)
@@ -79,7 +79,7 @@ class Machine:
         return values[0]
 
     def synchronize(self):
-        """Wait for what the device has been told to do."""
+        """Wait for all work that the device has queued."""
         if self.type != "cpu":
             getattr(torch, self.type).synchronize()
 
@@ -95,6 +95,11 @@ class Machine:
             return None
         peak = PEAK_FLOPS.get(self.name())
         return None if peak is None else peak * self.world
+
+
+def is_first_process():
+    """Whether this is torchrun's first process, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def pick_device(name):
@@ -139,8 +144,14 @@ def processor():
     return platform.processor() or platform.machine()
 
 
+def is_out_of_memory(error):
+    """Whether an exception says that memory ran out, on whatever device."""
+    is_one = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return is_one or re.search("can't allocate memory|out of memory", str(error)) is not None
+
+
 class Speed:
-    """Tokens a second since the last look, and MFU: their share of the peak FLOP/s.
+    """Tokens per second since the last look, and MFU, the share of the peak FLOP/s.
 
     Restart it after whatever should not count: an evaluation, a compilation.
     """
@@ -172,10 +183,10 @@ def duration(seconds):
 
 
 class StopRequest:
-    """Notes a SIGINT or SIGTERM as `signal`, which is 0 before. A second one kills."""
+    """Records a SIGINT or SIGTERM in `signal`, 0 until then. A second one kills."""
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.parent = 0, os.getppid()
         self.handlers = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             self.handlers[number] = signal.signal(number, self.ask)
@@ -183,6 +194,11 @@ class StopRequest:
     def ask(self, number, frame):
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
+
+    def look(self):
+        """The signal, or 0. A process of a torchrun that has died is to stop, too."""
+        is_orphan = "WORLD_SIZE" in os.environ and os.getppid() != self.parent
+        return signal.SIGTERM if is_orphan else self.signal
 
     def restore(self):
         for number, handler in self.handlers.items():

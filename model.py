@@ -36,7 +36,7 @@ class GPTConfig:
     pos: str = "rope"                   # 'rope', 'absolute' (learned) or 'none'
     rope_base: float = 10000.0
     yarn_scale: float = 1.0             # YaRN's s: window / original window; 1: plain RoPE
-    original_block_size: int | None = None  # the window before YaRN; None: this block_size
+    original_block_size: int | None = None  # the last window without YaRN; None: block_size
     beta_fast: float = 32.0             # YaRN keeps frequencies with more turns per old window
     beta_slow: float = 1.0              # YaRN divides those with fewer turns than this by s
     meta_id: int | None = 50257         # None: a model without meta-tokens
@@ -46,8 +46,8 @@ class GPTConfig:
     text_vocab_size: int | None = None  # ids below it may be sampled; None: those below meta_id
 
     def __post_init__(self):
-        if self.original_block_size is None:  # kept when a replace() changes block_size
-            self.original_block_size = self.block_size
+        if self.original_block_size is None or self.yarn_scale <= 1:
+            self.original_block_size = self.block_size  # with YaRN, replace() keeps it
         if self.text_vocab_size is None:
             self.text_vocab_size = self.vocab_size if self.meta_id is None else self.meta_id
         if self.pos not in ("rope", "absolute", "none"):

@@ -611,26 +611,25 @@ def check_same(config, there, wanted):
                 "--overwrite")
 
 
-@contextmanager
-def locked(path, busy):
-    """Hold the lock of a file. Raise SystemExit(busy) if another process holds it.
+def lock(path, busy):
+    """Lock a file. Returns it open: the lock ends when it is closed.
 
-    The operating system frees it when the process ends, however it ends. The empty
-    file stays.
+    The operating system closes it when the process ends, however it ends. The empty
+    file stays. Raises SystemExit(busy) if another process holds the lock.
     """
-    with open(path, "ab") as file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            if e.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                raise SystemExit(f"error: {busy}") from None
-            raise
-        yield
+    file = open(path, "ab")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise SystemExit(f"error: {busy}") from None
+        raise
+    return file
 
 
 def write_json(path, value):

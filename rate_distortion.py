@@ -1,6 +1,6 @@
 """Rate-distortion of hidden states (paper, section 5): a part of analyze.py.
 
-How well does a state h tell y, if only so many nats of it may pass? A variational
+How well does a state h predict y through a channel of limited rate? A variational
 bottleneck is trained on frozen states,
 
     q(z|h) = N(mu(h), diag sigma^2(h)),    q(y|z) = softmax(W z + b),
@@ -115,7 +115,7 @@ def rate_distortion_curve(x, y, betas, seeds, steps, lr=2e-2, desc=None):
 
 
 # --------------------------------------------------------------------------------------
-# States, and what they are to tell
+# States, and what they are to predict
 
 @torch.no_grad()
 def inputs_of(model, idx, modules, zeroed=None):
@@ -138,7 +138,7 @@ def inputs_of(model, idx, modules, zeroed=None):
 
 
 def final_states(model, idx):
-    """What the last block puts out, before ln_f: idx (B, T) -> (B, T, C)."""
+    """The output of the last block, before ln_f: idx (B, T) -> (B, T, C)."""
     [(_, x)] = inputs_of(model, idx, [model.transformer.ln_f])
     return x
 
@@ -193,9 +193,9 @@ def open_readers(subject):
         run = checkpoint.get("run", untuned)
         stream = eval_synthetic.Stream(**run["stream"] | {"seed": config.seed})
         if (stream.task, stream.tokenizer) != ("list_recall", config.tokenizer):
-            raise ValueError(f"rate_distortion is about List Recall in tokens of "
-                             f"{config.tokenizer}, but {label} was tuned on {stream.task} in "
-                             f"tokens of {stream.tokenizer}")
+            raise ValueError(f"rate_distortion needs List Recall with tokenizer "
+                             f"{config.tokenizer}, but {label} was tuned on {stream.task} with "
+                             f"tokenizer {stream.tokenizer}")
         readers.append(Reader(model, label, stream))
         lengths.add(run["train_length"])
     lengths.discard(None)  # of models that were not tuned
@@ -211,10 +211,10 @@ def open_readers(subject):
 def places_of(example, stream):
     """Where the states of an example of List Recall are taken: {name: positions}.
 
-    "answer" predicts the answer's first token (of bytes, the one behind its space). If
-    lists have marks, three more have read the same text: "meta", the mark behind the
-    list that is asked for; "text", the token before it, as many text tokens from the
-    answer; and "mean", all the text up to there.
+    "answer" predicts the answer's first token (of bytes, the one after its space). If
+    lists have marks, three more have read the same text: "meta", the mark after the
+    queried list; "text", the token before it, equally far from the answer in text
+    tokens; and "mean", all the text up to there.
     """
     space = 1 if stream.tokenizer == "bytes" else 0
     places = {"answer": [len(example.tokens) - example.n_answer + space - 1]}
@@ -230,9 +230,9 @@ def places_of(example, stream):
 
 
 def recall_features(reader, split, n, length, device, pool):
-    """The states of n examples at places_of, {name: (n, C)}: means over the positions.
+    """{name: (n, C)}: states of n examples, averaged over each of their places_of.
 
-    And "first" (n,), the answer's first token; "y" (n,), its number among all words.
+    Also "first" (n,), the answer's first token, and "y" (n,), its index in ITEMS.
     """
     features = {"first": [], "y": []}
     examples = eval_synthetic.draw_split(pool, reader.stream, split, length, n)
@@ -251,13 +251,13 @@ def recall_features(reader, split, n, length, device, pool):
 
 
 def next_token_features(model, blocks, numbers, n, device):
-    """The states of n places in plain text (n, C), and "y" (n,), the text token behind.
+    """States at n places in plain text, each (n, C), and "y" (n,), the next text token.
 
-    "meta": at a meta-token between two text tokens; "text": at the one before it. Both
-    have read the same text, and to both, y is the next token of it.
+    "meta": at a meta-token between two text tokens; "text": at the text token before
+    it. Both have read the same text, and y is the next text token for both.
     """
     batches, found = [], 0
-    numbers = np.random.default_rng(0).permutation(numbers)  # of all documents alike
+    numbers = np.random.default_rng(0).permutation(numbers)  # to cover all documents
     for own in batches_of(numbers, blocks.block_size):
         x, y = (tokens.to(device) for tokens in blocks.batch(own))         # (B, T)
         is_meta = x == blocks.meta_id
@@ -273,8 +273,8 @@ def next_token_features(model, blocks, numbers, n, device):
 
 
 # --------------------------------------------------------------------------------------
-# The part. A panel is a list of lines: (label, features by split, the name in these of
-# the states, that of the classes)
+# The part. A panel is a list of curves: (label, features by split, the states' name
+# in these features, the classes' name)
 
 def recall_panels(subject, sizes):
     """{title: panel} about List Recall: between models, and within the first."""
@@ -286,13 +286,13 @@ def recall_panels(subject, sizes):
         for reader, own in zip(readers, features):
             for split, n in sizes.items():
                 own[split] = recall_features(reader, split, n, length, subject.device, pool)
-    title = f"List Recall in up to {length} tokens: the answer's first, where it is predicted"
+    title = f"List Recall in up to {length} tokens: the answer's first token, where it is predicted"
     panels = {title: [(reader.label, own, "answer", "first")
                       for reader, own in zip(readers, features)]}
     if "meta" in features[0]["train"]:
-        title = f"List Recall: the answer, from far before it, within {subject.label}"
-        panels[title] = [("the mark behind the queried list", features[0], "meta", "y"),
-                         ("the text token before that", features[0], "text", "y"),
+        title = f"List Recall: the answer, from long before it, in {subject.label}"
+        panels[title] = [("the mark after the queried list", features[0], "meta", "y"),
+                         ("the text token before the mark", features[0], "text", "y"),
                          ("mean over the text up to there", features[0], "mean", "y")]
     return panels
 
@@ -304,7 +304,7 @@ def plain_text_panel(subject, sizes):
     cuts = (len(blocks) * ends // ends[-1]).tolist()
     if min(np.diff(cuts)) == 0:
         raise subject.config.error(f"{len(blocks)} validation blocks cannot be cut into three "
-                                   "parts: prepare more by --val_fraction=")
+                                   "parts: prepare more with a higher --val_fraction=")
     for (split, n), start, stop in zip(sizes.items(), cuts, cuts[1:]):
         features[split] = next_token_features(subject.model, blocks, range(start, stop), n,
                                               subject.device)
@@ -348,9 +348,9 @@ def draw_panel(ax, panel):
         ax.plot(rate, distortion.mean(1), marker="o", markersize=3, color=f"C{i}", label=label)
         ax.fill_between(rate, low, high, color=f"C{i}", alpha=0.25, linewidth=0)
     ax.axhline(entropy_of_y, color="gray", linestyle="--", linewidth=1,
-               label=f"nothing known: H(Y) = {entropy_of_y:.2f} nats")
+               label=f"no information: H(Y) = {entropy_of_y:.2f} nats")
     ax.axline((0, entropy_of_y), slope=-1, color="gray", linestyle=":",
-              label="no encoder gets below: H(Y) - rate")
+              label="lower bound: H(Y) - rate")
     ax.set_title(panel["title"], fontsize="medium")
     ax.set(xlabel="rate: KL(q(z|h) || N(0, I)) (nats)",
            ylabel="held-out distortion: -log q(y|z) (nats)",
@@ -367,7 +367,7 @@ def rate_distortion(subject):
     sizes = {"train": n, "validation": max(n // 4, 1), "test": max(n // 2, 1)}
     panels = recall_panels(subject, sizes)
     if subject.reads_plain_text:
-        title = f"Plain text: the next text token, within {subject.label}"
+        title = f"Plain text: the next text token, in {subject.label}"
         panels[title] = plain_text_panel(subject, sizes)
     torch.manual_seed(config.seed)
     measured = []

@@ -408,6 +408,14 @@ def test_yarn_reaches_its_known_limits():
     assert (turns[:6] > 32).all() and (turns[18:] < 1).all()
 
 
+def test_yarn_extends_the_last_window_without_it():
+    first = GPTConfig(n_embd=16, n_head=2, block_size=256)
+    grown = replace(first, block_size=1024)               # and trained on, without YaRN
+    extended = replace(grown, block_size=4096, yarn_scale=4.0)
+    assert extended.original_block_size == 1024
+    assert replace(extended, block_size=8192, yarn_scale=8.0).original_block_size == 1024
+
+
 def test_zeroing_the_meta_embedding_leaves_its_output_row_alone():
     model, idx = build(zero_meta_embd=True), text_with_meta((4, 2))
     before = model(idx)[0]
@@ -979,13 +987,13 @@ def test_values_are_read_as_the_types_of_their_settings(tmp_path):
     (tmp_path / "c.py").write_text(
         '"""A config."""\nn_layer = 3 * 2\nlearning_rate = 1  # an int\nmax_tokens = 1e9\n'
         "n_head = 2\nmax_iters = 2**4 // 3 - 1\nwarmup_iters = 6 / 3\n"
-        "seed = 12345678901234567891\ncompile = True\n")
+        "seed = 1234567890123456789\ncompile = True\n")
     config = settings.load([str(tmp_path / "c.py"), "--n_head=4", "--overwrite", "--bias=true",
                             "--eval_only=0", "--batch_size=1e3", "--start=a=b"])
     assert (config.n_layer, config.learning_rate, config.max_tokens) == (6, 1.0, 1_000_000_000)
     assert (config.max_iters, config.warmup_iters, config.n_head) == (4, 2, 4)
     assert type(config.max_tokens) is type(config.warmup_iters) is int
-    assert type(config.learning_rate) is float and config.seed == 12345678901234567891
+    assert type(config.learning_rate) is float and config.seed == 1234567890123456789
     assert (config.overwrite, config.bias, config.eval_only) == (True, True, False)
     assert (config.compile, config.batch_size, config.start) == ("true", 1000, "a=b")
     for argument in ("--compile", "--compile=TRUE"):
@@ -1024,7 +1032,13 @@ def test_a_config_knows_what_was_given_and_what_was_typed(tmp_path):
     (["--top_k=-1"], "top_k=-1 must be at least 0"),
     (["--top_p=0"], "top_p=0.0 must be above 0 and at most 1"),
     (["--meta_rate=1.5"], "meta_rate=1.5 must be"),
-    (["--meta_rate=0.001", "--block_size=64"], "meta_rate=0.001 puts no meta-token"),
+    (["--beta1=1"], "beta1=1.0 must be at least 0 and below 1"),
+    (["--beta2=-1"], "beta2=-1.0 must be at least 0 and below 1"),
+    (["--yarn_scale=0.5"], "yarn_scale=0.5 must be at least 1"),
+    (["--yarn_scale=inf"], "yarn_scale=inf: expected a number"),
+    (["--seed=1e30"], "seed=1e30: expected a whole number below 2^63"),
+    (["--eval_iters=200"], "unknown setting 'eval_iters' (did you mean eval_tokens?)"),
+    (["--meta_rate=0.001", "--block_size=64"], "meta_rate=0.001 leaves no meta-token"),
     (["missing.py"], "no config file 'missing.py'"),
     (["bad_syntax.py"], "bad_syntax.py:2: "),
     (["bad_line.py"], "bad_line.py:1: a config file holds assignments only"),
@@ -1356,9 +1370,9 @@ def test_without_the_network_gpt2s_bpe_says_what_to_do(monkeypatch):
 # --------------------------------------------------------------------------------------
 # train.py, with checkpoint.py and machine.py
 
-def start_training(*args):
+def start_training(*args, launcher=()):
     """Start train.py and return at once; its stdout can be read line by line."""
-    return subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *args],
+    return subprocess.Popen([sys.executable, *launcher, os.path.join(HERE, "train.py"), *args],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -1401,13 +1415,13 @@ def test_an_epoch_is_shuffled_without_a_table_of_its_blocks():
     train.shuffled(few_of_many, 96_000_000 * 2**20, seed=0, epoch=0)  # no memory holds so many
 
 
-def test_batches_depend_on_seed_and_step_but_not_on_the_number_of_processes(prepared):
+def test_batches_depend_on_seed_and_sample_but_not_on_the_number_of_processes(prepared):
     config = settings.load([*SMALL, "--gradient_accumulation_steps=4"])
     blocks = prepare.Blocks("data/d", prepare.read_manifest(config), "train")
 
-    def take(rank, world, step, n):
-        batches = train.micro_batches(blocks, step, batch_size=2, accumulation=4, seed=1337,
-                                      rank=rank, world=world)
+    def take(rank, world, first_sample, n):
+        batches = train.micro_batches(blocks, first_sample, batch_size=2, accumulation=4,
+                                      seed=1337, rank=rank, world=world)
         return [next(batches) for _ in range(n)]
 
     alone = take(0, 1, 0, 8)
@@ -1418,7 +1432,7 @@ def test_batches_depend_on_seed_and_step_but_not_on_the_number_of_processes(prep
         assert torch.equal(x[:, 1:], y[:, :-1])
         assert (x == 257).sum() == 2 * 3
         assert (y != 257).sum() == 2 * 29
-    next_step = take(0, 1, 1, 4)
+    next_step = take(0, 1, 8, 4)
     for (x, _), (same_x, _) in zip(alone[4:], next_step):
         assert torch.equal(x, same_x)
 
@@ -1458,7 +1472,8 @@ def test_evaluation_is_the_mean_over_the_same_text_whatever_the_meta_rate(prepar
 
 def test_a_run_writes_checkpoints_a_log_and_a_picture(prepared, capsys):
     train_small()
-    assert sorted(os.listdir("out")) == ["best.pt", "ckpt.pt", "log.jsonl", "loss.png"]
+    written = sorted(os.listdir("out"))
+    assert written == [".lock", "best.pt", "ckpt.pt", "log.jsonl", "loss.png"]
     assert read_bytes("out/loss.png").startswith(b"\x89PNG")
     entries = read_log()
     assert entries[-1]["step"] == 12
@@ -1515,9 +1530,8 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bits(prepared):
 
 
 def test_two_processes_take_the_same_steps_as_one(prepared):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     one_block = ["--eval_tokens=32", "--batch_size=1"]  # the second process evaluates none
-    two = script("train.py", *SMALL, *one_block, "--out_dir=two", launcher=launcher)
+    two = script("train.py", *SMALL, *one_block, "--out_dir=two", launcher=TWO)
     assert two.returncode == 0, two.stderr
     train_small(*one_block, "--out_dir=one")
     for a, b in zip(weights_of("one").values(), weights_of("two").values()):
@@ -1536,6 +1550,194 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint_to_resume(prepared
     assert process.returncode == 128 + number
     assert "--init_from=resume" in output and "Traceback" not in errors
     assert f"saved at step {checkpoint.load('out')['step']}" in output
+
+
+class StopAt:
+    """Stands for a StopRequest: asks to stop before the step of this number."""
+
+    def __init__(self, step):
+        self.looks = step + 1
+
+    def __call__(self):
+        return self
+
+    def look(self):
+        self.looks -= 1
+        return 0 if self.looks else signal.SIGINT
+
+    def restore(self):
+        pass
+
+
+def die(*args, **kwargs):
+    raise SystemExit("error: killed")
+
+
+@pytest.mark.parametrize("step", [0, 3, 4, 5, 9, 10])
+def test_a_run_that_was_stopped_has_the_log_of_one_that_was_not(prepared, monkeypatch, step):
+    arguments = ["--max_iters=10", "--eval_interval=5", "--log_interval=4"]
+    train_small(*arguments, "--out_dir=whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "StopRequest", StopAt(step))
+        with pytest.raises(SystemExit, match="130"):
+            train_small(*arguments)
+    train_small(*arguments, "--init_from=resume")
+    assert losses_by_step("out") == losses_by_step("whole")
+
+
+@pytest.mark.parametrize("function", ["save", "keep_best"])
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_a_run_killed_at_an_evaluation_has_the_log_and_the_best_of_one_that_was_not(
+        prepared, monkeypatch, function, last):
+    arguments = ["--max_iters=10", "--eval_interval=5"]
+    train_small(*arguments, "--out_dir=whole")
+    real, calls = getattr(checkpoint, function), itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, function,
+                      lambda *args, **named: (die if next(calls) == last else real)(*args, **named))
+        assert refusal(train_small, *arguments) == "error: killed"
+    start = "--init_from=resume" if os.path.exists("out/ckpt.pt") else "--overwrite"
+    train_small(*arguments, start)
+    assert losses_by_step("out") == losses_by_step("whole")
+    saved, best = checkpoint.load("out"), checkpoint.load("out/best.pt")
+    assert best["step"] == saved["best_step"]
+
+
+def test_an_overwriting_run_killed_at_its_start_leaves_nothing_to_resume(prepared, monkeypatch):
+    train_small("--max_iters=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", die)
+        refusal(train_small, "--overwrite")
+    assert "no checkpoint out/ckpt.pt" in refusal(train_small, "--init_from=resume")
+    assert not os.path.exists("out/best.pt")
+
+
+def test_a_run_resumed_with_another_batch_goes_on_behind_what_was_read(prepared, monkeypatch):
+    samples, read = [], train.blocks_of_samples
+
+    def noted(numbers, *args):
+        samples.extend(numbers.tolist())
+        return read(numbers, *args)
+
+    monkeypatch.setattr(train, "blocks_of_samples", noted)
+    train_small("--max_iters=3", "--batch_size=4")
+    n_read = checkpoint.load("out")["samples"]
+    del samples[n_read:]  # what was only prefetched
+    train_small("--max_iters=6", "--batch_size=2", "--init_from=resume")
+    n_read = checkpoint.load("out")["samples"]
+    assert samples[:n_read] == list(range(n_read))
+    text_tokens = [entry["text_tokens"] for entry in read_log()]
+    assert text_tokens == sorted(text_tokens) and text_tokens[-1] == 29 * n_read
+
+
+def test_the_best_loss_is_of_todays_data(prepared, capsys):
+    prepare.prepare(configure("--dataset=other", "--seed=5"))
+    train_small("--max_iters=2")
+    saved = torch.load("out/ckpt.pt")
+    checkpoint.save("out/ckpt.pt", saved | {"best_val_loss": 0.0})
+    capsys.readouterr()
+    train_small("--max_iters=4", "--init_from=resume")
+    assert checkpoint.load("out")["best_val_loss"] == 0.0
+    assert capsys.readouterr().err == ""
+    for change in ("--dataset=other", "--eval_tokens=58"):
+        checkpoint.save("out/ckpt.pt", saved | {"best_val_loss": 0.0})
+        train_small("--max_iters=4", "--init_from=resume", change)
+        assert "the data are not those before: the best loss" in capsys.readouterr().err
+        assert checkpoint.load("out/best.pt")["step"] == 4
+
+
+def test_a_run_of_an_older_version_is_resumed(prepared):
+    train_small("--max_iters=4")
+    saved = torch.load("out/ckpt.pt")
+    for name in ("samples", "text_tokens", "best_step", "evaluated", "logged", "loss_sum", "data"):
+        del saved[name]
+    checkpoint.save("out/ckpt.pt", saved)
+    train_small("--max_iters=8", "--init_from=resume")
+    train_small("--max_iters=8", "--out_dir=whole")
+    assert [e["step"] for e in losses_by_step("out")] == [
+        e["step"] for e in losses_by_step("whole")]
+    assert read_log()[-1]["text_tokens"] == read_log("whole")[-1]["text_tokens"]
+
+
+def test_a_finished_run_says_why_it_does_not_go_on(prepared, capsys):
+    train_small("--max_iters=2")
+    capsys.readouterr()
+    train_small("--max_iters=2", "--init_from=resume")
+    assert "nothing is left to do after 2 steps" in capsys.readouterr().out
+
+
+def test_a_resumed_run_keeps_its_precision(prepared):
+    train_small("--max_iters=2", "--dtype=bfloat16")
+    train.main(["--init_from=resume", "--max_iters=4", "--device=cpu"])
+    assert read_log()[-1]["step"] == 4 and read_log()[0]["dtype"] == "torch.bfloat16"
+    assert checkpoint.load("out")["settings"]["dtype"] == "bfloat16"
+
+
+HOLD = "import prepare; lock = prepare.lock({path!r}, 'busy'); print(1, flush=True); input()"
+
+
+@contextlib.contextmanager
+def held_elsewhere(path):
+    """Lock a file in another process, which is killed at the end."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD.format(path=path)], text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               env=os.environ | {"PYTHONPATH": HERE})
+    process.stdout.readline()
+    yield
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_ends(prepared):
+    os.makedirs("out")
+    with held_elsewhere("out/.lock"):
+        assert "out is in use by another run" in refusal(train_small)
+    assert os.listdir("out") == [".lock"]
+    train_small("--max_iters=1")
+
+
+def test_a_run_goes_on_without_its_picture(prepared, monkeypatch, capsys):
+    from matplotlib.figure import Figure
+
+    def savefig(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    train_small()
+    assert "cannot draw out/loss.png: No space left on device" in capsys.readouterr().out
+    assert checkpoint.load("out")["step"] == 12
+
+
+def test_a_run_whose_reader_leaves_saves_and_stops(prepared):
+    process = start_training(*SMALL, "--max_iters=100000", "--eval_interval=100000")
+    for line in process.stdout:
+        if "tokens/s" in line:
+            process.stdout.close()
+            break
+    errors = process.stderr.read()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert errors == "" and checkpoint.load("out")["step"] > 0
+
+
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def test_processes_end_soon_after_torchrun_whether_it_was_asked_or_killed(prepared):
+    arguments = [*SMALL, "--max_iters=1000000", "--eval_interval=1000000",
+                 "--log_interval=1000000"]
+    steps = [0]
+    for number, start in ((signal.SIGTERM, []), (signal.SIGKILL, ["--init_from=resume"])):
+        process = start_training(*arguments, *start, launcher=TWO)
+        for line in process.stdout:
+            if "M parameters" in line:
+                break
+        time.sleep(1)
+        process.send_signal(number)
+        process.stdout.read()  # to its end: all have ended
+        process.wait(timeout=60)
+        steps.append(checkpoint.load("out")["step"])
+    assert steps == sorted(set(steps))
+    prepare.lock("out/.lock", "a process still runs").close()
 
 
 def test_the_learning_rate_reaches_its_floor_with_the_last_step_or_the_last_minute():
@@ -1587,6 +1789,11 @@ train.main()
 """
 
 
+def test_more_memory_than_there_is_is_asked_for_in_vain(prepared):
+    message = refusal(train.main, [*SMALL, "--batch_size=1e15"])
+    assert "too little memory for batch_size=1000000000000000" in message
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(prepared):
     train_small("--max_iters=2")
     before = read_bytes("out/ckpt.pt")
@@ -1614,7 +1821,7 @@ def test_a_checkpoint_that_cannot_be_saved_says_why(tmp_path, monkeypatch, code,
     assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 
-def test_yarn_extends_the_window_of_a_checkpoint(prepared):
+def test_yarn_extends_the_window_of_a_checkpoint(prepared, capsys):
     train_small("--max_iters=2", "--out_dir=meta")
     prepare.prepare(configure("--block_size=64", "--dataset=long"))
     train_small("--n_layer=2", "--init_from=meta", "--out_dir=yarn", "--dataset=long",
@@ -1623,11 +1830,14 @@ def test_yarn_extends_the_window_of_a_checkpoint(prepared):
     assert config["block_size"] == 64
     assert config["original_block_size"] == 32
     assert config["yarn_scale"] == 2.0
+    assert "suits" not in capsys.readouterr().err
     for arguments, window in (([], 64), (["--block_size=48"], 48)):
         with open("before.py", "w") as file:  # what training started from does not count
             file.write("block_size = 32\n")
         model = train.load_saved(settings.load(["before.py", "--init_from=yarn", *arguments]))[0]
         assert (model.config.block_size, model.config.yarn_scale) == (window, 2.0)
+    assert "yarn_scale=2.0 suits block_size=64 (the last window without YaRN was 32), not 48" in (
+        capsys.readouterr().err)
 
 
 def test_a_checkpoint_without_meta_tokens_is_given_some(prepared):
@@ -1685,10 +1895,10 @@ def test_eval_only_remembers_that_a_model_has_no_meta_tokens(prepared, capsys):
     assert "meta_rate=0.1, but the checkpoint has no meta-tokens" in message
 
 
-def test_a_log_cut_short_by_a_crash_is_read_up_to_there(prepared):
+def test_damaged_lines_of_a_log_are_left_out(prepared):
     train_small("--max_iters=4")
-    with open("out/log.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')
+    with open("out/log.jsonl", "ab") as file:
+        file.write(b'{}\n\xff\x00\n[4]\n{"step": "4"}\n{"step": 4, "lo')  # the last cut short
     train_small("--max_iters=6", "--init_from=resume")
     steps = [entry["step"] for entry in read_log()]
     assert steps[-1] == 6 and steps == sorted(steps)
@@ -1726,6 +1936,8 @@ def test_micro_batches_that_the_processes_cannot_share_are_refused():
     (["--device=quantum"], "device=quantum: expected cpu, cuda, cuda:N or mps"),
     (["--device=meta"], "device=meta: expected cpu, cuda, cuda:N or mps"),
     (["--device=cuda:99"], "device=cuda:99, but this machine has"),
+    (["--out_dir=x.pt"], "out_dir=x.pt: name a folder"),
+    (["--out_dir=texts/000.txt"], "out_dir=texts/000.txt: name a folder"),
 ])
 def test_impossible_runs_are_refused_in_one_line(prepared, args, expected):
     assert expected in refusal(train.main, [*SMALL, *args])
@@ -2127,7 +2339,7 @@ def spelling(monkeypatch, tmp_path):
         config.task, config.tokenizer = "spell", "bytes"
         run = SimpleNamespace(
             config=config, stream=stream_of("spell", 257), phases=phases, model=small_model(),
-            steps=config.phase_steps * len(phases), identity={},
+            steps=config.phase_steps * len(phases), identity={}, label="spell",
             checkpoint=str(tmp_path / "tuned.pt"))
         return run, eval_synthetic.fine_tune(run, None, Now(), Machine("cpu", "float32"))
 
@@ -2449,7 +2661,7 @@ def test_models_without_marks_are_compared_at_equal_steps():
 def test_results_of_a_label_differ_only_in_their_seeds():
     first, second = a_result("B", "task", 1), a_result("B", "task", 2)
     assert refusal(panels_of, first, a_result("B", "task", 1)) == \
-        "error: 1: 'B' has another result of the same seeds: name one of the two"
+        "error: 1: 'B' has two results of the same seeds: name only one of them"
     second["run"]["trial_steps"] = 300  # a setting of older versions, without any effect
     assert panels_of(first, second) == {("copying", "task"): {"B": [first, second]}}
     second["run"]["stream"]["mark"] = 35
@@ -2589,8 +2801,17 @@ def test_what_is_tuned_already_is_not_tuned_again(tuned, capsys):
     eval_synthetic.main([*again, "--task_lr=1e-3", "--rows=full"])  # measured anew
     assert "step 12/12" not in capsys.readouterr().out
     assert len(eval_synthetic.read_result(tuned[1])["rows"]) == 2
-    message = refusal(eval_synthetic.main, [*again, "--task_lr=1e-4"])
-    assert "is of other settings: name another --label=" in message
+    same_file = [f"--label={os.path.basename(tuned[1]).split('_list_recall')[0]}"]
+    for change in (["--task_lr=1e-4"], ["--task_lr=1e-3", *same_file]):
+        message = refusal(eval_synthetic.main, [*again, *change])
+        assert "is of other settings: name another --label=" in message
+
+
+def test_two_tunings_do_not_share_a_file(tuned):
+    run = eval_synthetic.Run(settings.load(["--init_from=ape.pt", *TUNE, "--task_lr=1e-3"]))
+    with held_elsewhere(f"{run.checkpoint}.lock"):
+        message = refusal(eval_synthetic.main, ["--init_from=ape.pt", *TUNE, "--task_lr=1e-3"])
+        assert message.startswith(f"error: {tuned[1]} is being made by another process")
 
 
 def test_a_study_is_a_line_for_each_result(tuned, capsys):
@@ -2635,7 +2856,7 @@ def test_bad_results_are_refused_in_one_line(tuned):
     longer = changed("longer.json", '"train_length": 192', '"train_length": 256')
     assert "has results of different settings" in refused(tuned[0], longer)
     twice = changed("twice.json", "", "")
-    assert "has another result of the same seeds" in refused(tuned[0], twice)
+    assert "has two results of the same seeds" in refused(tuned[0], twice)
 
 
 def test_what_only_some_seeds_measured_is_left_out_of_the_figure(tuned, capsys):
@@ -2922,7 +3143,7 @@ def test_analysis_writes_all_its_parts(looked_into, capsys):
     panels = result_of("rate_distortion")["panels"]
     assert [list(panel["curves"]) for panel in panels] == [
         ["out"],
-        ["the mark behind the queried list", "the text token before that",
+        ["the mark after the queried list", "the text token before the mark",
          "mean over the text up to there"],
         ["the meta-token", "the text token before it"]]
     assert np.shape(panels[0]["curves"]["out"]["rate"]) == (10, 2)
@@ -2970,7 +3191,7 @@ def test_attention_on_meta_tokens_is_measured_behind_the_first(looked_into):
     (["--init_from=plain.pt"], "sharpening, residual, attention: the checkpoint has no "
      "meta-tokens; it allows --what=rate_distortion,perplexity"),
     (["--init_from=plain.pt", "--what=perplexity"],
-     "data/d has 19 meta-tokens a block, but the checkpoint is one without meta-tokens"),
+     "data/d has 19 meta-tokens a block, but the checkpoint was trained without them"),
     (["--dataset=nothing"], "no data in data/nothing: run python prepare.py"),
     (["--what=attention", "--start=x", "--seed=1"],
      "the prompt of 1 tokens has no meta-token inside, at meta_rate=0.2"),
@@ -2980,14 +3201,14 @@ def test_attention_on_meta_tokens_is_measured_behind_the_first(looked_into):
      "has no meta-token inside, at meta_rate=0.0"),
     (["--what=rate_distortion", "--compare=gone.pt"], "no checkpoint gone.pt"),
     (["--what=rate_distortion", "--compare=parity.pt"],
-     "is about List Recall in tokens of bytes, but parity was tuned on parity"),
+     "needs List Recall with tokenizer bytes, but parity was tuned on parity"),
     (["--what=rate_distortion", "--compare=a.pt,b.pt"],
      "tuned at different lengths, [96, 192] tokens"),
     (["--what=rate_distortion", "--compare=a.pt,a.pt"],
      "two models of one name, a: rename a file"),
     (["--what=rate_distortion", "--train_length=64"], "List Recall needs 83 tokens"),
     (["--what=perplexity", "--block_size=9999"],
-     "two sequences of four windows, block_size=9999, take"),
+     "two sequences of four windows (block_size=9999) need"),
     (["--init_from=nowhere"], "no checkpoint nowhere"),
     (["--analysis_blocks=0"], "analysis_blocks=0 must be positive"),
 ])
@@ -3191,6 +3412,13 @@ def test_one_config_file_drives_every_script(workplace, capsys):
         file.write('init_from = "out/meta_gpt2"\nout_dir = "next"\n')
     os.remove("out/meta_gpt2/ckpt.pt")
     sample.main(["again.py", "--device=cpu", "--max_new_tokens=5"])
+
+
+def test_what_a_terminal_cannot_print_is_a_question_mark(quickstart):
+    result = script("sample.py", "--max_new_tokens=20", "--device=cpu", "--start=\u2713 \u00e9",
+                    env={"PYTHONIOENCODING": "cp1252"}, cwd=quickstart[0], encoding="cp1252")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("? \u00e9")
 
 
 def test_a_refusal_is_one_line_and_a_non_zero_exit(tmp_path):

@@ -16,12 +16,12 @@ import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import config as settings
 import checkpoint
 import prepare
-from machine import Machine, Speed, StopRequest, duration
+from machine import Machine, Speed, StopRequest, duration, is_first_process, is_out_of_memory
 from model import GPT, GPTConfig, pad_vocab
 from prepare import Blocks
 
@@ -41,10 +41,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 # When a run is resumed, its settings come from the checkpoint, except those given again
 # and these:
-OF_THIS_RUN = {"init_from", "out_dir", "overwrite", "eval_only", "device", "dtype", "compile"}
+OF_THIS_RUN = {"init_from", "out_dir", "overwrite", "eval_only", "device", "compile"}
 
-# Settings that must fit a checkpoint, or may change it, if somebody asks for them
-ASKED_OF_A_CHECKPOINT = ("tokenizer", *checkpoint.ARCHITECTURE)
+# If given, these are compared with the checkpoint's. Those in checkpoint.MAY_CHANGE
+# replace its values; the others must agree.
+COMPARED_WITH_CHECKPOINT = ("tokenizer", *checkpoint.ARCHITECTURE)
 
 
 # --------------------------------------------------------------------------------------
@@ -57,7 +58,8 @@ def shuffled(positions, n, seed, epoch):
     range(4**half), the smallest such range that holds n numbers. A result of n or more
     is permuted again, until it is below n: this is still one-to-one.
     """
-    half = np.uint64(max(((n - 1).bit_length() + 1) // 2, 1))
+    bits = (n - 1).bit_length()                  # of the largest position
+    half = np.uint64(max((bits + 1) // 2, 1))    # half of them, rounded up
     low_bits = (np.uint64(1) << half) - np.uint64(1)
     keys = np.random.SeedSequence([seed, epoch]).generate_state(6, np.uint64)
 
@@ -67,7 +69,7 @@ def shuffled(positions, n, seed, epoch):
             mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
             left, right = right, left ^ ((mixed >> np.uint64(32)) & low_bits)
-        return left << half | right
+        return (left << half) | right
 
     positions = permute(positions)
     while (outside := positions >= n).any():
@@ -89,18 +91,18 @@ def blocks_of_samples(samples, n_blocks, seed):
     return numbers
 
 
-def micro_batches(blocks, step, batch_size, accumulation, seed, rank, world):
-    """Yield this process's micro-batches (x, y) endlessly, starting at a step.
+def micro_batches(blocks, first_sample, batch_size, accumulation, seed, rank, world):
+    """Yield this process's micro-batches (x, y) endlessly, from a sample on.
 
     A step has `accumulation` of them, dealt out to the processes in turn. Their
-    contents depend only on the seed, the step and their number in the step.
+    contents depend only on the seed, the samples before and their number in the step.
     """
     while True:
-        for micro in range(rank, accumulation, world):
-            first = (step * accumulation + micro) * batch_size
+        for index_in_step in range(rank, accumulation, world):
+            first = first_sample + index_in_step * batch_size
             samples = np.arange(first, first + batch_size, dtype=np.uint64)
             yield blocks.batch(blocks_of_samples(samples, len(blocks), seed))
-        step += 1
+        first_sample += accumulation * batch_size
 
 
 def prefetched(batches, device):
@@ -157,11 +159,11 @@ def micro_losses(model, batches, machine, config, step, n_meta):
     n_meta: meta-tokens in each block.
     """
     n = config.gradient_accumulation_steps // machine.world
-    for micro in range(n):
+    for i in range(n):
         if machine.world > 1:  # DDP averages the gradients once, in the last backward
-            model.require_backward_grad_sync = micro == n - 1
+            model.require_backward_grad_sync = i == n - 1
         if config.dropout > 0:
-            index_in_step = machine.rank + micro * machine.world   # as in micro_batches
+            index_in_step = machine.rank + i * machine.world       # as in micro_batches
             seed_dropout(config.seed, step, index_in_step)
         x, y = next(batches)
         with machine.autocast():
@@ -199,7 +201,7 @@ def evaluate(model, blocks, eval_tokens, batch_size, machine):
         y[len(own):] = -1
         with machine.autocast():
             loss = model(x.to(machine.device), y.to(machine.device), blocks.n_meta)[1]
-        total += loss * len(own)        # every block has text_per_block targets
+        total += loss * len(own)  # every block has text_per_block targets that are text
     model.train()
     total, count = machine.all_reduce([total.item(), len(numbers)])
     return total / count
@@ -210,6 +212,8 @@ def evaluate(model, blocks, eval_tokens, batch_size, machine):
 
 def check_start(config, world):
     """Refuse settings that would fail later."""
+    if config.out_dir.endswith(".pt") or os.path.isfile(config.out_dir):
+        raise config.error(f"out_dir={config.out_dir}: name a folder")
     if config.init_from == "scratch":
         if config.yarn_scale > 1:
             raise config.error(f"yarn_scale={config.yarn_scale} extends a trained model: name it "
@@ -219,8 +223,9 @@ def check_start(config, world):
     if config.gradient_accumulation_steps % world:
         raise config.error(f"gradient_accumulation_steps={config.gradient_accumulation_steps} is "
                            f"not divisible by the {world} processes")
-    last = os.path.join(config.out_dir, "ckpt.pt")
-    if config.init_from != "resume" and os.path.exists(last) and not config.overwrite:
+    files = [os.path.join(config.out_dir, name) for name in ("ckpt.pt", "best.pt")]
+    is_begun = any(map(os.path.exists, files))
+    if config.init_from != "resume" and is_begun and not config.overwrite:
         raise config.error(f"{config.out_dir} holds a run already: --init_from=resume "
                            "continues it, --overwrite replaces it, --out_dir= names another")
 
@@ -252,20 +257,25 @@ def open_trained(config, path, given):
         if name == "meta_attention" and model.config.meta_id is None:
             continue  # leave it as asked: open_model may still add meta-attention
         if name == "block_size" and name in given:
-            continue  # a model with learned positions may read shorter blocks than it has
+            continue  # of a model with learned positions it counts those, and is no less
         setattr(config, name, getattr(model.config, name))
     for name, before in saved.get("model_config", {}).items():  # OpenAI's GPT-2 has none
         after = getattr(model.config, name)
-        if after != before:
+        if after != before and is_first_process():
             print(f"{name}={after} replaces the checkpoint's {before}", file=sys.stderr)
+    c = model.config
+    fitting = c.yarn_scale * c.original_block_size
+    if c.yarn_scale > 1 and c.block_size != fitting and is_first_process():
+        print(f"yarn_scale={c.yarn_scale} suits block_size={fitting:g} (the last window without "
+              f"YaRN was {c.original_block_size}), not {c.block_size}", file=sys.stderr)
     return model, saved
 
 
 def load_saved(config):
     """(model, checkpoint, path) of out_dir, or of the --init_from= that was typed.
 
-    Only the command line counts. init_from=gpt2 in a config file says what training
-    started from, but what it produced is in out_dir. (The other scripts use the path.)
+    A config file does not count: its init_from=gpt2 says what training started from,
+    but what it produced is in out_dir. Only its tokenizer must be the checkpoint's.
     """
     given = config.given_values(["tokenizer"]) | config.typed_values(checkpoint.ARCHITECTURE)
     if config.typed("init_from") and config.init_from not in ("resume", "scratch"):
@@ -311,8 +321,8 @@ def open_model(config, manifest, trained):
     if trained.config.meta_id is None:
         if config.meta_rate > 0:
             return trained.with_meta_tokens(manifest["meta_id"], config.meta_attention)
-        # A plain model on plain text. meta_attention=True may be just the default, so
-        # refuse it only if somebody asked for it.
+        # A plain model on plain text: meta_attention=True is the default, and an error
+        # only if somebody asked for it.
         if config.given("meta_attention"):
             check_meta_tokens(config)
     return trained
@@ -343,18 +353,67 @@ def evaluate_saved(config, machine):
 class Progress:
     """How far a run has come. Its checkpoints hold it."""
     step: int = 0
+    samples: int = 0           # blocks read
+    text_tokens: int = 0       # in them
     minutes: float = 0.0
     best_val_loss: float = math.inf
+    best_step: int = -1        # its step
     evaluated: int = -1        # the step of the last evaluation
+    logged: int = 0            # the step at which the log last told the loss
+    loss_sum: float = 0.0      # of the losses since then
+
+
+def saved_progress(saved, data, text_per_block):
+    """The Progress in a checkpoint. On other data the best loss starts anew."""
+    names = {field.name for field in fields(Progress)}
+    progress = Progress(**{name: saved[name] for name in names & saved.keys()})
+    if "samples" not in saved:  # an older version did not count them
+        before = saved["settings"]
+        blocks_per_step = before["batch_size"] * before["gradient_accumulation_steps"]
+        progress.samples = progress.step * blocks_per_step
+        progress.text_tokens = progress.samples * text_per_block
+        progress.evaluated = progress.logged = progress.step
+    elif saved["data"] != data:
+        progress.best_val_loss, progress.best_step = math.inf, -1
+        if is_first_process():
+            print("the data are not those before: the best loss starts anew", file=sys.stderr)
+    return progress
+
+
+def name_data(manifest, eval_tokens):
+    """What losses depend on besides the model, as {name: checksum or number}."""
+    data = {"eval_tokens": eval_tokens}
+    for split, part in manifest["splits"].items():
+        checksums = [shard["sha256"] for shard in part["shards"]]
+        data[split] = prepare.sha256("".join(checksums).encode())
+    return data
+
+
+def claim(config, machine, progress):
+    """Make out_dir this run's. The first process returns a lock, which is to be kept.
+
+    Raises SystemExit if another run is writing there.
+    """
+    if machine.rank > 0:
+        return None
+    os.makedirs(config.out_dir, exist_ok=True)
+    lock = prepare.lock(
+        os.path.join(config.out_dir, ".lock"),
+        f"{config.out_dir} is in use by another run: wait for it, or name another --out_dir=")
+    if config.init_from != "resume":
+        checkpoint.remove_run(config.out_dir)
+    elif progress.best_step == progress.step:  # a kill may have come just before this
+        checkpoint.keep_best(config.out_dir)
+    return lock
 
 
 def train(config):
     # Where, on what, from what
-    machine = config.checked(Machine, config.device, config.dtype, config.compile)
     if config.init_from == "resume":
         # Restore its settings first, as all that follows depends on them
         saved_settings = config.checked(checkpoint.load, config.out_dir)["settings"]
         config.remember(saved_settings, settings.SETTINGS.keys() - OF_THIS_RUN)
+    machine = config.checked(Machine, config.device, config.dtype, config.compile)
     torch.manual_seed(config.seed)
     if config.eval_only:
         return evaluate_saved(config, machine)
@@ -362,12 +421,14 @@ def train(config):
     trained = saved = None
     if config.init_from != "scratch":
         path = config.out_dir if config.init_from == "resume" else config.init_from
-        given = config.given_values(ASKED_OF_A_CHECKPOINT)
-        if config.init_from == "resume":  # which may be less than there are positions for
+        given = config.given_values(COMPARED_WITH_CHECKPOINT)
+        if config.init_from == "resume":
+            # Restored settings do not count as given. This one must: of a model with
+            # learned positions it may be less than there are
             given["block_size"] = config.block_size
         trained, saved = open_trained(config, path, given)
     manifest = open_data(config, machine)
-    folder = prepare.folder_of(config.dataset)
+    folder, data = prepare.folder_of(config.dataset), name_data(manifest, config.eval_tokens)
     train_blocks, val_blocks = Blocks(folder, manifest, "train"), Blocks(folder, manifest, "val")
 
     # Model and optimizer
@@ -378,9 +439,8 @@ def train(config):
     progress = Progress()
     if config.init_from == "resume":
         config.checked(checkpoint.load_optimizer, optimizer, scaler, saved)
-        progress = Progress(saved["step"], saved["minutes"], saved["best_val_loss"],
-                            saved.get("evaluated", saved["step"]))  # older files lack it
-    del trained, saved
+        progress = saved_progress(saved, data, train_blocks.text_per_block)
+    del trained, saved  # free their memory
     # Three views of the same weights: raw_model; local_model, which is compiled; and
     # model, which also averages the gradients over the processes
     local_model = torch.compile(raw_model) if machine.compile else raw_model
@@ -390,58 +450,57 @@ def train(config):
     # The batches, the log, the clock
     first_step, minutes_before = progress.step, progress.minutes
     batches = prefetched(
-        micro_batches(train_blocks, first_step, config.batch_size,
+        micro_batches(train_blocks, progress.samples, config.batch_size,
                       config.gradient_accumulation_steps, config.seed, machine.rank,
                       machine.world), machine.device)
     blocks_per_step = config.gradient_accumulation_steps * config.batch_size
     tokens_per_step = blocks_per_step * config.block_size
-    os.makedirs(config.out_dir, exist_ok=True)
-    log = checkpoint.Log(config.out_dir, first_step, is_on=machine.rank == 0,
-                         text_per_step=blocks_per_step * train_blocks.text_per_block)
-    write_header(log, config, machine, raw_model, train_blocks, first_step, tokens_per_step)
+    _lock = claim(config, machine, progress)  # until this function ends
+    log = checkpoint.Log(config.out_dir, progress, is_on=machine.rank == 0)
+    write_header(log, config, machine, raw_model, train_blocks, progress, tokens_per_step)
     flops_per_token = raw_model.flops_per_token(config.block_size, train_blocks.n_meta)
     speed = Speed(first_step, tokens_per_step, flops_per_token, machine.peak_flops())
     stop_request, started = StopRequest(), time.monotonic()
-    loss_sum, norm, lr = torch.zeros((), device=machine.device), 0.0, 0.0
-    logged_step, stop_signal = first_step, 0
+    loss_sum = torch.full((), progress.loss_sum, device=machine.device)
+    norm = lr = 0.0
 
     while True:
-        # All processes must decide alike whether to stop, so they exchange the signal
-        # and the clock. That takes time, so they do it every log_interval steps only.
+        # All processes must decide alike, so they exchange their signals and clocks
         step = progress.step
-        if machine.world == 1 or step % config.log_interval == 0:
-            minutes = minutes_before + (time.monotonic() - started) / 60
-            stop_signal, progress.minutes = machine.all_reduce(
-                [stop_request.signal, minutes], dist.ReduceOp.MAX)
+        minutes = minutes_before + (time.monotonic() - started) / 60
+        stop_signal, progress.minutes = machine.all_reduce(
+            [stop_request.look(), minutes], dist.ReduceOp.MAX)
         done = step >= config.max_iters or 0 < config.max_minutes <= progress.minutes
         is_eval_due = step % config.eval_interval == 0 or done
         if progress.evaluated == step:  # before the run was stopped and resumed
             is_eval_due = False
+        is_log_due = step > progress.logged and (step % config.log_interval == 0 or is_eval_due)
 
-        if step > logged_step and (step % config.log_interval == 0 or is_eval_due or stop_signal):
+        if is_log_due or stop_signal:
             [total] = machine.all_reduce([loss_sum.item()])
-            loss = total / machine.world / (step - logged_step)
-            check_finite(loss, float(norm), scaler, step, lr, config.out_dir)
-            write_step(log, config, progress, loss, float(norm), lr, speed)
+            progress.loss_sum = total / machine.world
+            mean_loss = progress.loss_sum / max(step - progress.logged, 1)
+            check_finite(mean_loss, float(norm), scaler, step, lr, config.out_dir)
+        if is_log_due:
+            write_step(log, config, progress, mean_loss, float(norm), lr, speed)
             loss_sum.zero_()
-            logged_step = step
+            progress.loss_sum, progress.logged = 0.0, step
         elif machine.compile and step == first_step + 1:
             machine.synchronize()       # the first step compiled: do not count that time
             speed.restart(step)
-
         if stop_signal:
-            save(machine, config, raw_model, optimizer, scaler, progress)
+            save(machine, config, raw_model, optimizer, scaler, progress, data)
             log.say(f"stopped and saved at step {step}; go on with: {go_on_command()}")
             break
         if is_eval_due:
             val_loss = evaluate(local_model, val_blocks, config.eval_tokens, config.batch_size,
                                 machine)
             check_finite(val_loss, float(norm), scaler, step, lr, config.out_dir)
-            is_best = val_loss < progress.best_val_loss
-            progress.best_val_loss = min(val_loss, progress.best_val_loss)
             progress.evaluated = step
-            write_evaluation(log, progress, val_loss, is_best)
-            save(machine, config, raw_model, optimizer, scaler, progress, is_best)
+            if val_loss < progress.best_val_loss:
+                progress.best_val_loss, progress.best_step = val_loss, step
+            write_evaluation(log, progress, val_loss)
+            save(machine, config, raw_model, optimizer, scaler, progress, data)
             log.draw()
             speed.restart(step)
         if done:
@@ -457,6 +516,8 @@ def train(config):
         loss, norm = optimizer_step(losses, raw_model, optimizer, scaler, config.grad_clip)
         loss_sum += loss
         progress.step += 1
+        progress.samples += blocks_per_step
+        progress.text_tokens += blocks_per_step * train_blocks.text_per_block
 
     stop_request.restore()
     if stop_signal:
@@ -464,6 +525,9 @@ def train(config):
         # torchrun kills all processes when one fails, so only the first returns it: it
         # has saved by now.
         raise SystemExit(128 + int(stop_signal) if machine.rank == 0 else 0)
+    if progress.step == first_step:
+        log.say(f"nothing is left to do after {first_step} steps and {minutes_before:.1f} minutes: "
+                "a higher --max_iters= or --max_minutes= goes on")
     if machine.rank == 0:
         print_sample(raw_model, config, progress.best_val_loss)
 
@@ -488,14 +552,14 @@ def distributed(model, machine, has_meta_attention, n_meta):
                                    find_unused_parameters=has_unused)
 
 
-def write_header(log, config, machine, model, blocks, step, tokens_per_step):
+def write_header(log, config, machine, model, blocks, progress, tokens_per_step):
     line = (f"{model.num_params() / 1e6:.1f}M parameters; "
             f"{len(blocks) * blocks.block_size / 1e6:,.1f}M training tokens, "
             f"{tokens_per_step:,} per step; {machine.world} x {machine.name()}, "
             f"{machine.dtype_name()}")
     if machine.compile:
         line += ", compiled"
-    log.write(line, step, parameters=model.num_params(), world=machine.world,
+    log.write(line, progress, parameters=model.num_params(), world=machine.world,
               device=machine.name(), dtype=str(machine.dtype), torch=torch.__version__,
               settings=asdict(config))
 
@@ -511,15 +575,15 @@ def write_step(log, config, progress, loss, norm, lr, speed):
     if mfu is not None:
         line += f" | MFU {100 * mfu:.1f}%"
     line += f" | lr {lr:.2e} | ETA {duration(seconds_left)}"
-    log.write(line, step, loss=loss, lr=lr, tokens_per_s=tokens_per_s, mfu=mfu,
+    log.write(line, progress, loss=loss, lr=lr, tokens_per_s=tokens_per_s, mfu=mfu,
               grad_norm=norm if math.isfinite(norm) else None, minutes=progress.minutes)
 
 
-def write_evaluation(log, progress, val_loss, is_best):
+def write_evaluation(log, progress, val_loss):
     line = f"step {progress.step}: validation {val_loss:.4f} nats per text token"
-    if is_best:
+    if progress.best_step == progress.step:
         line += ", the best so far"
-    log.write(line, progress.step, val_loss=val_loss, minutes=progress.minutes)
+    log.write(line, progress, val_loss=val_loss, minutes=progress.minutes)
 
 
 def check_finite(loss, norm, scaler, step, lr, out_dir):
@@ -534,16 +598,16 @@ def check_finite(loss, norm, scaler, step, lr, out_dir):
                      f"learning rate {lr:.2e}: {good}; try a lower --learning_rate")
 
 
-def save(machine, config, model, optimizer, scaler, progress, is_best=False):
+def save(machine, config, model, optimizer, scaler, progress, data):
     """Write ckpt.pt, and best.pt if this is the best so far."""
     if machine.rank > 0:
         return
     contents = {"model": model.state_dict(), "model_config": asdict(model.config),
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "settings": asdict(config), **asdict(progress)}
+                "settings": asdict(config), "data": data, **asdict(progress)}
     path = os.path.join(config.out_dir, "ckpt.pt")
     checkpoint.save(path, contents, advice=f"go on with: {go_on_command()}")
-    if is_best:
+    if progress.best_step == progress.step:
         checkpoint.keep_best(config.out_dir)
 
 
@@ -565,10 +629,14 @@ def main(argv=None):
         train(config)
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None
-    except torch.OutOfMemoryError:
-        raise config.error(f"too little memory for batch_size={config.batch_size}: halve it and "
-                           "double --gradient_accumulation_steps, which takes the same steps"
-                           ) from None
+    except (MemoryError, RuntimeError) as e:
+        if is_out_of_memory(e):
+            raise config.error(
+                f"too little memory for batch_size={config.batch_size}: halve it and double "
+                "--gradient_accumulation_steps, which takes the same steps") from None
+        if "by peer" in str(e) or isinstance(e, dist.DistError):  # closed, or reset, by peer
+            raise SystemExit("error: another process of this run has ended") from None
+        raise
     except OSError as e:
         raise SystemExit(f"error: {e.filename or config.out_dir}: {e.strerror or e}") from None
     finally:

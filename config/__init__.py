@@ -8,6 +8,7 @@ model. Every script accepts every setting, so one config file drives them all.
 """
 import ast
 import difflib
+import io
 import math
 import operator
 import os
@@ -15,12 +16,12 @@ import re
 import sys
 from dataclasses import dataclass, field, fields
 
-# OpenMP reads this when torch is loaded: import config before torch. Threads that wait
-# for one another spin, by default for long. That slowed training down 30 times while
-# another process kept one of two cores busy.
+# OpenMP reads this when torch is loaded: import config before torch. By default,
+# waiting threads spin for a long time. While another process kept one of two cores
+# busy, that made training 30 times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-NOT_NEGATIVE, POSITIVE = "at least 0", "positive"
+NOT_NEGATIVE, POSITIVE, FROM_ONE = "at least 0", "positive", "at least 1"
 BELOW_ONE, UP_TO_ONE = "at least 0 and below 1", "above 0 and at most 1"
 
 
@@ -58,9 +59,9 @@ class Model:
     bias: bool = setting(False, "biases in Linear and LayerNorm, as in GPT-2")
     pos: str = setting("rope", "positions; absolute: learned", ("rope", "absolute", "none"))
     rope_base: float = setting(10000.0, "base of RoPE's wavelengths", POSITIVE)
-    yarn_scale: float = setting(1.0, "YaRN: new window / old window; 1: plain RoPE")
-    beta_fast: float = setting(32.0, "YaRN keeps frequencies of more turns in the old window")
-    beta_slow: float = setting(1.0, "YaRN divides frequencies of fewer turns by yarn_scale")
+    yarn_scale: float = setting(1.0, "YaRN: new window / old window; 1: plain RoPE", FROM_ONE)
+    beta_fast: float = setting(32.0, "YaRN keeps frequencies with more turns in the old window")
+    beta_slow: float = setting(1.0, "YaRN divides frequencies with fewer turns by yarn_scale")
     meta_attention: bool = setting(True, "a second attention in each block, among meta-tokens")
     zero_meta_pos: bool = setting(False, "no positions at meta-tokens (the paper's No Pos)")
     zero_meta_embd: bool = setting(False, "no embeddings at meta-tokens (the paper's No embed)")
@@ -86,8 +87,8 @@ class Training:
     log_interval: int = setting(10, "steps between lines of the log", POSITIVE)
     eval_interval: int = setting(1000, "steps between evaluations, and checkpoints", POSITIVE)
     eval_only: bool = setting(False, "evaluate once and exit")
-    eval_tokens: int = setting(2_457_600, "text tokens to evaluate on: the first ones", POSITIVE)
-    max_minutes: float = setting(0.0, "time limit, which the learning rate follows; 0: none")
+    eval_tokens: int = setting(2_457_600, "evaluate on the first so many text tokens", POSITIVE)
+    max_minutes: float = setting(0.0, "time limit, also for the learning rate; 0: none")
     overwrite: bool = setting(False, "replace what is there already")
     seed: int = setting(1337, "of data order, initial weights, meta-tokens and sampling")
 
@@ -116,8 +117,8 @@ class Sampling:
 class Tasks:
     task: str = setting("list_recall", "synthetic task",
                         ("list_recall", "segment_counting", "parity", "copying", "all"))
-    placement: str = setting("task", "where marks go; task: at what is asked for (the paper's), "
-                             "all: at what could be", ("task", "all", "random", "none"))
+    placement: str = setting("task", "where marks go; task: at the unit in question (the "
+                             "paper's), all: at every unit", ("task", "all", "random", "none"))
     marker: str = setting("meta", "mark; fresh: a new token, text: #; several: comma-separated",
                           ("meta", "fresh", "text", "none"))
     add_meta: bool = setting(False, "add meta-tokens and meta-attention to a model without them")
@@ -149,7 +150,7 @@ class Analysis:
 
 @dataclass
 class Benchmark:
-    gpu: bool = setting(False, "a model of GPT-2's size on a GPU, beside nanoGPT's way to run it")
+    gpu: bool = setting(False, "models of GPT-2's size on a GPU, beside nanoGPT's way to run one")
 
 
 ALL_GROUPS = (Data, Preparation, Model, Training, Machine, Sampling, Tasks, Analysis, Benchmark)
@@ -210,10 +211,11 @@ class Config(*ALL_GROUPS):
 
 
 SETTINGS = {f.name: f for f in fields(Config)}
-KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+KINDS = {bool: "True or False", int: "a whole number below 2^63", float: "a number", str: "text"}
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
               ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}
+OF_NANOGPT = {"eval_iters": "eval_tokens", "always_save_checkpoint": "eval_interval"}
 MAX_RESULT = 1e30            # of arithmetic in a config file
 MAX_CHARACTERS = 1_000_000   # in a config file
 
@@ -224,6 +226,9 @@ def load(argv=None, groups=ALL_GROUPS, usage=__doc__):
     --help prints `usage` and the settings of `groups`: dataclasses above, or names of
     single settings. Raises SystemExit with one line if something is wrong.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack a character: print a ?
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     config = Config()
     for argument in sys.argv[1:] if argv is None else argv:
         if argument in ("-h", "--help"):
@@ -276,7 +281,7 @@ def read_file(config, path):
 def parse(path):
     """The statements of a config file as syntax trees."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             text = file.read(MAX_CHARACTERS + 1)
         if len(text) > MAX_CHARACTERS:
             raise refusal(path, f"a config file has at most {MAX_CHARACTERS:,} characters")
@@ -303,8 +308,9 @@ def evaluate(expression):
 
 def assign(config, name, value, where):
     if name not in SETTINGS:
-        close = difflib.get_close_matches(name, SETTINGS, n=1)
-        hint = f"did you mean {close[0]}?" if close else "--help lists them"
+        close = [OF_NANOGPT.get(name), *difflib.get_close_matches(name, SETTINGS, n=1)]
+        meant = next(filter(None, close), None)
+        hint = f"did you mean {meant}?" if meant else "--help lists them"
         raise refusal(where, f"unknown setting '{name}' ({hint})")
     if name == "compile":
         value = str(value).lower()  # a config file may say True
@@ -324,10 +330,8 @@ def convert(value, kind):
         return text
     if kind is bool and text.lower() in BOOLEANS:
         return BOOLEANS[text.lower()]
-    if kind is int and text.lstrip("+-").isdecimal():
-        return int(text)
-    if kind is int and float(text).is_integer():  # 1e9
-        return int(float(text))
+    if kind is int and abs(float(text)) < 2**63 and float(text).is_integer():  # or 1e9
+        return int(text) if text.lstrip("+-").isdecimal() else int(float(text))
     if kind is float and math.isfinite(float(text)):
         return float(text)
     raise ValueError
@@ -349,11 +353,11 @@ def check(config):
             raise config.error(f"{name}={value} must be {allowed}")
     n_meta = round(config.meta_rate * config.block_size)
     if config.meta_rate > 0 and not 1 <= n_meta < config.block_size:
-        raise config.error(f"meta_rate={config.meta_rate} puts no meta-token, or nothing else, "
-                           f"into block_size={config.block_size}")
+        raise config.error(f"meta_rate={config.meta_rate} leaves no meta-token, or no text, "
+                           f"in block_size={config.block_size}")
 
 
 def in_range(value, allowed):
-    ranges = {NOT_NEGATIVE: value >= 0, POSITIVE: value > 0, BELOW_ONE: 0 <= value < 1,
-              UP_TO_ONE: 0 < value <= 1}
+    ranges = {NOT_NEGATIVE: value >= 0, POSITIVE: value > 0, FROM_ONE: value >= 1,
+              BELOW_ONE: 0 <= value < 1, UP_TO_ONE: 0 < value <= 1}
     return ranges[allowed]

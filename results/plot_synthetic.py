@@ -22,8 +22,8 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 MARKED = {
-    "task": "marks at what is asked for",
-    "all": "marks at all alike",
+    "task": "marks at the queried unit",
+    "all": "marks at every unit",
     "random": "marks anywhere",
 }
 PLACES = MARKED | {"none": "no marks"}
@@ -121,8 +121,8 @@ def group_by_label(results):
             raise SystemExit(f"error: {where}: '{label}' has results of different settings: "
                              "give them different --label=")
         if any(seeds_of(other) == seeds_of(result) for other in group):
-            raise SystemExit(f"error: {where}: '{label}' has another result of the same seeds: "
-                             "name one of the two")
+            raise SystemExit(f"error: {where}: '{label}' has two results of the same seeds: "
+                             "name only one of them")
         group.append(result)
         group.sort(key=seeds_of)
     return groups
@@ -227,8 +227,8 @@ def tables(panels):
 def accuracy_table(title, panel):
     lengths, tests = lengths_of(panel), tests_of(panel)
     sizes = sorted({test["n"] for test in tests.values()})
-    yield (f"\n**{title}**: exact match in % of {' or '.join(map(str, sizes))} examples a length, "
-           "teacher-forced (95% interval; of several seeds their range)\n")
+    yield (f"\n**{title}**: exact match (%) on {' or '.join(map(str, sizes))} examples per length, "
+           "teacher-forced (95% interval; the range if several seeds)\n")
     yield line("model", "row", "tuned at", *lengths, "half of validation right at step")
     yield rule(len(lengths) + 4)
     for name in ("chance", "majority"):
@@ -246,9 +246,9 @@ def accuracy_table(title, panel):
 
 def difference_table(panel):
     lengths = lengths_of(panel)
-    yield ("\nPaired differences on the same examples, in points (95% interval: the wider of that "
-           "over examples and that over the seeds which both have)\n")
-    yield line("second minus first", "such seeds", *lengths)
+    yield ("\nPaired differences on the same examples, in points (95% interval: the wider of those "
+           "over examples and over shared seeds)\n")
+    yield line("second minus first", "shared seeds", *lengths)
     yield rule(len(lengths) + 2)
     for a, b in itertools.combinations(panel, 2):
         shared = set(map(seeds_of, panel[a])) & set(map(seeds_of, panel[b]))
