@@ -431,13 +431,16 @@ def ablated(model, row):
             hook.remove()
 
 
-def answer_states(model, x, at, device):
-    """Hidden states (B, A, C) of x (B, T) at positions `at` (B, A), both on the CPU."""
+def answer_states(model, x, at, device, caches=None):
+    """Hidden states (B, A, C) of x (B, T) at positions `at` (B, A), both on the CPU.
+
+    caches: see GPT.hidden_states.
+    """
     n_meta = 0
     if model.config.meta_id is not None:
         # The most meta-tokens in a row. hidden_states would count on the GPU, and wait
         n_meta = int((x == model.config.meta_id).sum(1).max())
-    h = model.hidden_states(x.to(device, non_blocking=True), n_meta)     # (B, T, C)
+    h = model.hidden_states(x.to(device, non_blocking=True), n_meta, caches)  # (B, T, C)
     at = at.to(device, non_blocking=True).unsqueeze(-1)                  # (B, A, 1)
     return h.gather(1, at.expand(-1, -1, h.size(-1)))                    # (B, A, C)
 

@@ -170,6 +170,22 @@ def label_of(checkpoint, path):
     return checkpoint["settings"].get("label") or checkpoints.stem(path)
 
 
+def open_models(subject):
+    """{label: (model, checkpoint)}: what is looked into, then those of --compare=.
+
+    Raises ValueError if two have one label.
+    """
+    opened = {subject.label: (subject.model, subject.checkpoint)}
+    for path in filter(None, subject.config.compare.split(",")):
+        checkpoint = checkpoints.load(path)
+        label = label_of(checkpoint, path)
+        if label in opened:
+            raise ValueError(f"two models of one name, {label}: rename a file, or tune with "
+                             "another --label=")
+        opened[label] = checkpoints.build(checkpoint).to(subject.device).eval(), checkpoint
+    return opened
+
+
 def open_readers(subject):
     """(readers, length): the model that is looked into, then those of --compare=.
 
@@ -177,16 +193,8 @@ def open_readers(subject):
     tuned on. Raises ValueError if they cannot.
     """
     config = subject.config
-    opened = {subject.label: (subject.model, subject.checkpoint)}
-    for path in filter(None, config.compare.split(",")):
-        checkpoint = checkpoints.load(path)
-        label = label_of(checkpoint, path)
-        if label in opened:
-            raise ValueError(f"two models of one name, {label}: rename a file, or tune with "
-                             "another --label=")
-        opened[label] = checkpoints.build(checkpoint).to(subject.device).eval(), checkpoint
     readers, lengths = [], set()
-    for label, (model, checkpoint) in opened.items():
+    for label, (model, checkpoint) in open_models(subject).items():
         untuned = {"train_length": None, "stream": {
             "task": "list_recall", "placement": "task", "mark": model.config.meta_id,
             "tokenizer": config.tokenizer}}

@@ -3131,8 +3131,9 @@ def test_a_planted_loss_is_found_where_it_is(looked_into, monkeypatch):
 def test_analysis_writes_all_its_parts(looked_into, capsys):
     analyze.main([*LOOK, "--init_from=out", "--start=def f(self, x): return x"])
     out = capsys.readouterr().out
-    assert out.count("\n") == len(analyze.PARTS) + 1
-    for name in analyze.PARTS:
+    names = [name for name in analyze.PARTS if name != "cache"]  # it needs a tuned model
+    assert out.count("\n") == len(names) + 1
+    for name in names:
         with open(f"out/analysis/{name}.json") as file:
             result = json.load(file, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
         assert result["what"] == name and result["summary"] in out
@@ -3187,7 +3188,7 @@ def test_attention_on_meta_tokens_is_measured_behind_the_first(looked_into):
 
 @pytest.mark.parametrize("args, expected", [
     (["--what=sharpness"], "what=sharpness: no part sharpness; there are sharpening, residual, "
-     "attention, rate_distortion, perplexity"),
+     "attention, rate_distortion, perplexity, cache"),
     (["--init_from=plain.pt"], "sharpening, residual, attention: the checkpoint has no "
      "meta-tokens; it allows --what=rate_distortion,perplexity"),
     (["--init_from=plain.pt", "--what=perplexity"],
@@ -3207,6 +3208,14 @@ def test_attention_on_meta_tokens_is_measured_behind_the_first(looked_into):
     (["--what=rate_distortion", "--compare=a.pt,a.pt"],
      "two models of one name, a: rename a file"),
     (["--what=rate_distortion", "--train_length=64"], "List Recall needs 83 tokens"),
+    (["--what=cache"], "cache needs models tuned by eval_synthetic.py, which out is not"),
+    (["--what=cache", "--init_from=a.pt", "--compare=parity.pt"],
+     "tuned on different examples: list_recall, placement all, tokenizer bytes, 96 tokens; parity"),
+    (["--what=cache", "--init_from=unmarked.pt"], "unmarked was tuned without"),
+    (["--what=cache", "--init_from=a.pt", "--eval_lengths=96,64"],
+     "eval_lengths=96,64: list_recall needs 83 tokens"),
+    (["--what=cache", "--init_from=ape.pt", "--eval_lengths=128"],
+     "eval_lengths=128, but learned positions end at 96"),
     (["--what=perplexity", "--block_size=9999"],
      "two sequences of four windows (block_size=9999) need"),
     (["--init_from=nowhere"], "no checkpoint nowhere"),
@@ -3217,6 +3226,8 @@ def test_what_cannot_be_looked_into_is_refused_in_one_line(looked_into, args, ex
     save_tuned("a.pt")
     save_tuned("b.pt", length=192)
     save_tuned("parity.pt", task="parity")
+    save_tuned("unmarked.pt", mark=None)
+    save_tuned("ape.pt", pos="absolute")
     assert expected in refusal(analyze.main, [*LOOK, *args])
 
 
@@ -3227,6 +3238,153 @@ def test_a_checkpoint_without_meta_tokens_has_its_perplexity(workplace):
     analyze.main([*LOOK, "--init_from=plain.pt", "--what=perplexity"])
     figures = result_of("perplexity", "analysis/plain")
     assert list(figures["by_context"]["as trained"]) == ["24", "48", "96"]
+
+
+# --------------------------------------------------------------------------------------
+# analyze.py: caching
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+@pytest.mark.parametrize("task", eval_synthetic.TASKS)
+def test_the_queried_unit_is_the_one_that_answers_the_question(task, name):
+    encoding, length = tokenizer(name), ROOM[name][1]
+    mark = encoding.n_vocab
+    for placement in ("task", "all", "random"):
+        stream = stream_of(task, mark, placement, name=name)
+        for e in examples(task, 20, length, placement, mark, name):
+            is_before, is_in_unit = analyze.find_question(e, stream)
+            before, unit, rest = (prepare.decode(encoding, e.tokens[own].tolist())
+                                  for own in (is_before, is_in_unit, ~is_before))
+            assert before == e.prompt[:e.prompt.index("Question: ")]
+            assert before + rest == e.prompt + e.answer
+            assert unit.endswith("\n") and unit.count("\n") == 1 and "\n" + unit in "\n" + before
+            answer, _ = read_answer(unit + rest.removesuffix(e.answer))
+            assert e.answer == f" {answer}"
+            if placement == "task":
+                assert not np.any(is_before & ~is_in_unit & (e.tokens == mark))
+
+
+def visible_by_reading(e, mark, rng):
+    """[places before the question that a condition shows], from an example's text."""
+    text = "".join("#" if token == mark else chr(token) for token in e.tokens)
+    question = text.index("Question: ")
+    name = re.search(r"(?:list|bits|text) (\w+)\?", text)[1]
+    [unit] = re.finditer(rf"^(?:List|Bits|Text) {name}: .*\n", text, re.M)
+    marks = [i for i in range(question) if text[i] == "#"]
+    letters = [i for i in range(1, question) if text[i] != "#"]
+    drawn = rng.choice(letters, len(marks), replace=False).tolist()
+    return question, [range(question), [0], [0, *marks], [0, *drawn], [0, *range(*unit.span())]]
+
+
+def states_after_forgetting(model, e, question, shown):
+    """Read up to the question, spoil all that is not shown, and read on: (A, C)."""
+    x = torch.from_numpy(e.tokens[None, :-1])
+    caches = sample.CachedDecoder(model, 1, x.size(1)).caches
+    model.hidden_states(x[:, :question], caches=caches)
+    hidden = sorted({*range(question)} - {*shown})
+    caches[0].is_real[:, hidden] = False
+    for kept in (caches[0].k, caches[0].v):                           # (L, 1, nh, T, hs)
+        kept[..., hidden, :] = torch.randn_like(kept[..., hidden, :])
+    for kept in caches:
+        kept.is_prompt = False
+    return model.hidden_states(x[:, question:], caches=caches)[0, -e.n_answer:]
+
+
+@pytest.mark.parametrize("changes", [{}, {"pos": "absolute", "block_size": 320}, PLAIN], ids=str)
+@pytest.mark.parametrize("task", eval_synthetic.TASKS)
+@torch.no_grad()
+def test_what_is_hidden_could_as_well_be_noise(task, changes, monkeypatch):
+    """And the rest is as it was: a cache of keys and values gives the same states."""
+    model = small_model(**changes).double().eval()
+    for p in model.parameters():
+        p.normal_(0, 0.2)
+    mark, seen, compute = model.config.meta_id or HASH, [], eval_synthetic.answer_states
+    monkeypatch.setattr(eval_synthetic, "answer_states",
+                        lambda *args: seen.append(compute(*args)) or seen[-1])
+    monkeypatch.setattr(rate_distortion, "TOKENS", 600)  # batches of two
+    drawn = examples(task, 4, 300, "all", mark)
+    reader = rate_distortion.Reader(model, "", stream_of(task, mark, "all"))
+    analyze.right_answers(reader, drawn, 300, "cpu", seed=3)
+    rng = np.random.default_rng(3)
+    for i, e in enumerate(drawn):
+        question, conditions = visible_by_reading(e, mark, rng)
+        of_example = [states[i % 2, :e.n_answer] for states in seen[i // 2 * 5:][:5]]
+        for states, shown in zip(of_example, conditions):
+            expected = states_after_forgetting(model, e, question, shown)
+            torch.testing.assert_close(states, expected)
+        for a, b in itertools.combinations(of_example, 2):
+            assert not torch.allclose(a, b)  # no condition is another one
+
+
+def test_with_everything_visible_exact_match_is_that_of_tuning():
+    """Every other example asks for the model's own answer."""
+    model, stream = small_model().eval(), stream_of("copying", 257, "all")
+    drawn = examples("copying", 20, 256, "all", 257)
+    for e in drawn[::2]:
+        prompt = torch.from_numpy(e.tokens[None, :-e.n_answer])
+        e.tokens = model.generate(prompt, e.n_answer, temperature=0)[0].numpy()
+    right = analyze.right_answers(rate_distortion.Reader(model, "", stream), drawn, 256, "cpu", 0)
+    measured, _, _ = eval_synthetic.measure(model, drawn, 256, Machine("cpu", "float32"))
+    assert right["everything"].tolist() == measured.tolist() == [True, False] * 10
+
+
+def store(name, word, rng):
+    """A task whose answer is the letter before the mark."""
+    letter = "abcdefgh"[rng.integers(8)]
+    return eval_synthetic.Unit(f"List {name}: {letter}{eval_synthetic.MARK}\n",
+                               f"Question: list {name}?", letter, [*"abcdefgh"])
+
+
+class Planted:
+    """Knows the letter before the mark wherever one key is visible: that of the mark
+    (distance 0), or that of the letter (distance 1).
+    """
+    config = GPTConfig(vocab_size=320, meta_id=257)
+
+    def __init__(self, distance):
+        self.distance = distance
+
+    def hidden_states(self, idx, n_meta, caches):
+        _, _, mask = caches[0].update(0, None, None)                      # (B, 1, T, T)
+        mark = (idx == 257).int().argmax(1, keepdim=True)                 # (B, 1)
+        key = (mark - self.distance).unsqueeze(1).expand(-1, idx.size(1), -1)  # (B, T, 1)
+        is_visible = mask[:, 0].gather(2, key)                            # (B, T, 1)
+        return F.one_hot(idx.gather(1, mark - 1), 320) * is_visible       # (B, T, 320)
+
+    def lm_head(self, states):
+        return states
+
+
+@pytest.mark.parametrize("distance, expected", [
+    (0, {"everything": 1, "nothing": 0, "marks alone": 1, "random text": 0, "queried unit": 1}),
+    (1, {"everything": 1, "nothing": 0, "marks alone": 0, "random text": 0.02,
+         "queried unit": 1})], ids=["caching", "looking up"])
+def test_a_planted_way_to_answer_is_told_from_the_other(monkeypatch, distance, expected):
+    monkeypatch.setitem(eval_synthetic.TASKS, "store", store)
+    reader = rate_distortion.Reader(Planted(distance), "", stream_of("store", 257))
+    drawn = examples("store", 200, 80, "task", 257)
+    right = analyze.right_answers(reader, drawn, 80, "cpu", 0)
+    for condition, share in expected.items():  # one of 50 letters is drawn at random
+        assert right[condition].mean() == pytest.approx(share, abs=0.03 if 0 < share < 1 else 0)
+
+
+def test_tuned_models_are_compared_under_every_condition(workplace, capsys):
+    save_tuned("a.pt")
+    save_tuned("b.pt", mark=HASH)
+    look = ["--what=cache", "--init_from=a.pt", "--device=cpu", "--workers=1", "--test_examples=6"]
+    analyze.main([*look, "--compare=b.pt", "--eval_lengths=128,96"])
+    assert "a: everything 0.0%, nothing 0.0%, marks alone 0.0%" in capsys.readouterr().out
+    assert open("analysis/a/cache.png", "rb").read(4) == b"\x89PNG"
+    figures = result_of("cache", "analysis/a")
+    assert list(figures["by_length"]) == ["96", "128"] and figures["train_length"] == 96
+    for length, own in figures["by_length"].items():
+        drawn = [eval_synthetic.draw(stream_of(placement="all"), "test", int(length), i)
+                 for i in range(6)]
+        assert own["sha256_of_prompts"] == eval_synthetic.facts(drawn)["sha256_of_prompts"]
+        assert own["n"] == 6 and list(own["models"]) == ["a", "b"]
+        for found in own["models"].values():
+            assert list(found) == list(analyze.CONDITIONS)
+            for point in found.values():
+                assert point["low"] <= point["exact"] <= point["high"]
 
 
 # --------------------------------------------------------------------------------------
@@ -3265,9 +3423,9 @@ def test_a_gaussian_source_gives_its_known_curve(monkeypatch):
     assert np.abs(R.mean(1) - best).max() < 0.2
 
 
-def save_tuned(path, length=96, **changes):
+def save_tuned(path, length=96, pos="rope", **changes):
     """A checkpoint as eval_synthetic.py leaves it."""
-    save_model(path, block_size=96)
+    save_model(path, block_size=96, pos=pos)
     stream = {"task": "list_recall", "placement": "all", "mark": 257, "tokenizer": "bytes",
               "seed": 3} | changes
     run = {"stream": stream, "train_length": length}
