@@ -27,7 +27,7 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import NamedTuple
 
 import config as settings
@@ -361,9 +361,8 @@ def cores():
 class SplitWriter:
     """Cuts one split's text into blocks, injects the meta-tokens and writes shards."""
 
-    def __init__(self, folder, split, recipe, state=None):
+    def __init__(self, folder, split, recipe, state):
         """Go on from a state, and forget what was written after it."""
-        state = state or {"shards": [], "blocks": 0, "rest": []}
         self.folder, self.split, self.recipe = folder, split, recipe
         self.block_size = recipe["block_size"]
         self.text_per_block = self.block_size - recipe["meta_per_block"]
@@ -380,7 +379,7 @@ class SplitWriter:
         return self.blocks % self.blocks_per_shard
 
     def path(self):
-        return f"{self.folder}/{self.split}_{len(self.shards):05d}.bin"
+        return os.path.join(self.folder, shard_name(self.split, len(self.shards)))
 
     def state(self):
         """How far we are, with everything up to there safe on the disk."""
@@ -433,34 +432,44 @@ def prepare(config):
     """Write data/<dataset>/ unless it is there. Raise SystemExit with one line."""
     folder = folder_of(config.dataset)
     again = "the same command without --overwrite" if config.overwrite else "the same command"
+    lock = nullcontext()  # for data that are complete: their folder may be read-only
     try:
-        progress = read_progress(config)
-        encoding = get_tokenizer(config.tokenizer)
-        version, n_bytes, pieces = open_source(config.source, config.text_field, progress)
-        recipe = recipe_of(config, encoding, version)
-        if progress:
-            check_same(config, progress["of"], recipe)
-            if "splits" in progress["of"]:
-                print(f"{folder} is prepared already")
-                return
-            print(f"going on behind {progress['documents']:,} documents")
-        else:
+        if config.overwrite or not os.path.exists(f"{folder}/manifest.json"):
             os.makedirs(folder, exist_ok=True)
-            for name in sorted(os.listdir(folder)):  # what is left of an older preparation
-                if re.fullmatch(r"manifest\.json|progress\.json|(train|val)_.*\.bin", name):
-                    os.remove(os.path.join(folder, name))
-            progress = {"of": recipe, "pieces": 0, "documents": 0, "chars": 0, "tokens": 0}
-        tokenise = Tokeniser(encoding, config.val_fraction)
-        splits = write_shards(folder, progress, pieces, n_bytes, tokenise,
-                              config.workers or cores())
-        write_manifest(folder, recipe, progress["documents"], splits)
+            lock = locked(f"{folder}/.lock", f"another prepare.py is writing {folder}: "
+                          "wait until it ends, or name another --dataset")
+        with lock:
+            write_data(config, folder)
     except SourceError as e:
         raise config.error(e) from None
     except KeyboardInterrupt:
         raise SystemExit(f"\ninterrupted; {again} goes on from here") from None
     except OSError as e:
-        raise SystemExit(f"error: cannot write {folder}: {e.strerror}; make room, "
+        advice = "make room" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
+        raise SystemExit(f"error: cannot write {folder}: {e.strerror}; {advice}, "
                          f"and {again} goes on from here") from None
+
+
+def write_data(config, folder):
+    """Begin a data set, or go on with it."""
+    progress = read_progress(config)
+    encoding = get_tokenizer(config.tokenizer)
+    version, n_bytes, pieces = open_source(config.source, config.text_field, progress)
+    recipe = recipe_of(config, encoding, version)
+    if progress:
+        check_same(config, progress["of"], recipe)
+        if "splits" in progress["of"]:
+            print(f"{folder} is prepared already")
+            return
+        print(f"going on behind {progress['documents']:,} documents")
+    else:
+        remove_older(folder)
+        progress = {"of": recipe, "pieces": 0, "documents": 0, "chars": 0, "tokens": 0}
+        progress |= {split: {"shards": [], "blocks": 0, "rest": []} for split in SPLITS}
+        write_json(f"{folder}/progress.json", progress)  # makes the shards to come our own
+    tokenise = Tokeniser(encoding, config.val_fraction)
+    splits = write_shards(folder, progress, pieces, n_bytes, tokenise, config.workers or cores())
+    write_manifest(folder, recipe, progress["documents"], splits)
 
 
 def write_shards(folder, progress, pieces, n_bytes, tokenise, workers):
@@ -470,7 +479,7 @@ def write_shards(folder, progress, pieces, n_bytes, tokenise, workers):
     from which the bar guesses the end.
     """
     recipe = progress["of"]
-    writers = {split: SplitWriter(folder, split, recipe, progress.get(split)) for split in SPLITS}
+    writers = {split: SplitWriter(folder, split, recipe, progress[split]) for split in SPLITS}
     limit = recipe["max_tokens"] or sys.maxsize
     bar = tqdm(desc=f"preparing {folder}", unit=" tokens", unit_scale=True,
                initial=progress["tokens"], total=recipe["max_tokens"] or None)
@@ -537,42 +546,103 @@ def recipe_of(config, encoding, source_version):
 # What lies in a folder
 
 def folder_of(dataset):
+    """data/<dataset>. Raise SystemExit if that is not a folder in data/."""
+    if dataset in ("", ".", "..") or os.path.basename(dataset) != dataset:
+        raise SystemExit(f"error: dataset={dataset}: expected the plain name of a folder in data/")
     return os.path.join("data", dataset)
+
+
+def shard_name(split, number):
+    return f"{split}_{number:05d}.bin"
 
 
 def read_progress(config):
     """progress.json; {"of": manifest} if the data are complete; {} to begin anew."""
     folder = folder_of(config.dataset)
-    if not config.overwrite:
-        if os.path.exists(f"{folder}/manifest.json"):
-            return {"of": read_manifest(config)}
-        with suppress(FileNotFoundError), open(f"{folder}/progress.json") as file:
-            return json.load(file)
-    return {}
+    if config.overwrite:
+        return {}
+    if os.path.exists(f"{folder}/manifest.json"):
+        return {"of": read_manifest(config)}
+    progress = read_checked(config, "progress.json") or {"pieces": 0}
+    return progress if progress["pieces"] > 0 else {}
 
 
 def read_manifest(config):
-    """manifest.json, with the sizes checked. Raise SystemExit with one line."""
-    folder, command = folder_of(config.dataset), prepare_command(config)
-    path = os.path.join(folder, "manifest.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
-        shards = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
-        sizes = {shard["file"]: shard["bytes"] for shard in shards}
-        for name in ("text_vocab_size", "meta_id", "meta_per_block", *MUST_FIT):
-            manifest[name]
-    except FileNotFoundError:
-        raise SystemExit(f"error: no data in {folder}: run {command}") from None
-    except (ValueError, KeyError, TypeError):
-        raise SystemExit(f"error: {path} is damaged: run {command} --overwrite") from None
-    for name, size in sizes.items():
-        path = os.path.join(folder, name)
-        found = os.path.getsize(path) if os.path.exists(path) else None
-        if found != size:
-            problem = "is missing" if found is None else f"has {found} bytes, not {size}"
-            raise SystemExit(f"error: {path} {problem}: run {command} --overwrite")
+    """manifest.json, compared with the files. Raise SystemExit with one line."""
+    manifest = read_checked(config, "manifest.json")
+    if manifest is None:
+        raise SystemExit(f"error: no data in {folder_of(config.dataset)}: "
+                         f"run {prepare_command(config)}")
     return manifest
+
+
+def read_checked(config, name):
+    """manifest.json or progress.json, compared with the files; None if not there."""
+    folder = folder_of(config.dataset)
+    path = os.path.join(folder, name)
+    try:
+        described, sizes = read_description(path)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise SystemExit(f"error: {path} is damaged: move {folder} away, and run "
+                         f"{prepare_command(config)}") from None
+    for shard, size in sizes.items():
+        path = os.path.join(folder, shard)
+        found = os.path.getsize(path) if os.path.exists(path) else None
+        begun = "of" in described  # a shard may go on behind what progress.json tells
+        if found is None or found < size or (found > size and not begun):
+            problem = "is missing" if found is None else f"has {found} bytes, not {size}"
+            command = prepare_command(config, described.get("of", described))
+            raise SystemExit(f"error: {path} {problem}: run {command} --overwrite")
+    return described
+
+
+def read_description(path):
+    """A manifest.json or progress.json, and the {shard: bytes} that it tells of.
+
+    Raise ValueError if it is damaged.
+    """
+    with open(path, encoding="utf-8") as file:
+        described, sizes = json.load(file), {}
+    try:
+        recipe, parts = described.get("of", described), described.get("splits", described)
+        names = ("text_vocab_size", "meta_id", "meta_per_block", *MUST_FIT)
+        right = [type(recipe[name]) for name in names] == [int, int, int, str, int, float, str]
+        for split in SPLITS:
+            blocks = parts[split]["blocks"]
+            for number, shard in enumerate(parts[split]["shards"]):
+                right &= shard["file"] == shard_name(split, number)  # a plain name
+                right &= shard["bytes"] == shard["tokens"] * DTYPE.itemsize
+                sizes[shard["file"]] = shard["bytes"]
+                blocks -= shard["tokens"] // recipe["block_size"]
+            if blocks > 0:  # in the shard that is being written
+                size = blocks * recipe["block_size"] * DTYPE.itemsize
+                sizes[shard_name(split, len(parts[split]["shards"]))] = size
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError):
+        right = False
+    if not right:
+        raise ValueError(f"{path} is damaged")
+    return described, sizes
+
+
+def remove_older(folder):
+    """Remove an older preparation. Raise SystemExit if there are other such files."""
+    shards = {name for name in os.listdir(folder) if re.fullmatch(r"(train|val)_.*\.bin", name)}
+    own = set()
+    for name in ("manifest.json", "progress.json"):
+        with suppress(FileNotFoundError, ValueError):  # a damaged one tells of no shards
+            described, sizes = read_description(os.path.join(folder, name))
+            own |= set(sizes)
+            if "of" in described:  # later shards may have been begun
+                own |= {shard for shard in shards if re.fullmatch(r"\w+_\d{5}\.bin", shard)}
+    if foreign := sorted(shards - own):
+        raise SystemExit(f"error: {os.path.join(folder, foreign[0])} belongs to no preparation "
+                         "that is known: move it away, or name another --dataset")
+    notes = ("manifest.json.tmp", "progress.json.tmp", "manifest.json", "progress.json")
+    for name in (*sorted(own), *notes):  # what tells of the shards goes last
+        with suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, name))
 
 
 def verify(config, manifest):
@@ -581,8 +651,8 @@ def verify(config, manifest):
         for shard in split["shards"]:
             path = os.path.join(folder_of(config.dataset), shard["file"])
             if sha256_of(path) != shard["sha256"]:
-                raise SystemExit(f"error: {path} was altered (its checksum differs): "
-                                 f"run {prepare_command(config)} --overwrite")
+                raise SystemExit(f"error: {path} was altered (its checksum differs): run "
+                                 f"{prepare_command(config, manifest)} --overwrite")
 
 
 def check_fit(config, manifest):
@@ -590,25 +660,29 @@ def check_fit(config, manifest):
     check_same(config, manifest, {name: getattr(config, name) for name in MUST_FIT})
 
 
-def prepare_command(config):
-    """The command that prepares the data that the config asks for."""
+def prepare_command(config, recipe=None):
+    """The command that prepares what the config asks for, or the data of a recipe."""
+    values = vars(config) | (recipe or {})
     command = ["python", "prepare.py"]
     for name in ("dataset", "source", "text_field", "tokenizer", "block_size", "meta_rate",
                  "meta_placement", "val_fraction", "max_tokens", "seed"):
-        value = getattr(config, name)
-        if value != getattr(settings.Config, name):
-            command.append(f"--{name}={value}")
+        if values[name] != getattr(settings.Config, name):
+            command.append(f"--{name}={values[name]}")
     return shlex.join(command)
 
 
 def check_same(config, there, wanted):
     """Refuse data that were prepared, or begun, with other values than wanted."""
-    for name, value in wanted.items():
-        if there.get(name) != value:
-            raise config.error(
-                f"{folder_of(config.dataset)} was prepared with {name} {there.get(name)}, but "
-                f"{name}={value}: name another --dataset, or run {prepare_command(config)} "
-                "--overwrite")
+    differing = {name: value for name, value in wanted.items() if there.get(name) != value}
+    if differing:
+        # Replace no source of the user's by a default.
+        asked = {name: value for name, value in differing.items()
+                 if name in MUST_FIT or config.given(name)}
+        name, value = next(iter(differing.items()))
+        raise config.error(
+            f"{folder_of(config.dataset)} was prepared with {name} {there.get(name)}, but "
+            f"{name}={value}: name another --dataset, or run "
+            f"{prepare_command(config, there | asked)} --overwrite")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What the project promises, each promise checked against independent code."""
 import contextlib
+import errno
 import glob
 import gzip
 import inspect
@@ -110,6 +111,11 @@ def weights_of(folder):
 def read_bytes(path):
     with open(path, "rb") as file:
         return file.read()
+
+
+def write_bytes(path, content):
+    with open(path, "wb") as file:
+        file.write(content)
 
 
 def folder_bytes(folder):
@@ -1156,6 +1162,108 @@ def test_other_data_are_not_taken_for_what_was_asked(prepared):
     assert read_split("train")[2]["seed"] == 7
 
 
+@pytest.mark.parametrize("manifest", [None, b"{"], ids=["lost", "damaged"])
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])
+def test_files_of_another_origin_are_never_removed(workplace, manifest, overwrite):
+    os.makedirs("data/d")
+    write_bytes("data/d/train_00000.bin", b"mine")
+    if manifest:
+        write_bytes("data/d/manifest.json", manifest)
+    message = refusal(prepare.prepare, configure(*overwrite))
+    assert ("move it away, or name another" in message) or ("damaged: move data/d away" in message)
+    assert read_bytes("data/d/train_00000.bin") == b"mine"
+
+
+def test_overwriting_removes_what_the_manifest_names_and_no_more(prepared):
+    write_bytes("data/d/notes.txt", b"mine")
+    prepare.prepare(configure("--overwrite", "--max_tokens=9000"))
+    assert read_bytes("data/d/notes.txt") == b"mine"
+    read_split("train")  # fails if an older shard is left
+    write_bytes("data/d/val_mine.bin", b"mine")
+    before = folder_bytes("data/d")
+    assert "val_mine.bin belongs to no prep" in refusal(prepare.prepare, configure("--overwrite"))
+    assert folder_bytes("data/d") == before
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../texts", "/tmp", "a/b"])
+def test_a_dataset_is_a_plain_name(workplace, name):
+    assert "expected the plain name" in refusal(prepare.prepare, configure(f"--dataset={name}"))
+
+
+def advice(message):
+    """The arguments of the `python prepare.py` that a message advises."""
+    return shlex.split(re.search(r"run python prepare\.py (.*--overwrite)", message)[1])
+
+
+def test_advice_to_overwrite_keeps_the_users_source(prepared):
+    manifest = read_bytes("data/d/manifest.json")
+    for names in (["--tokenizer=bytes"], ["--tokenizer=bytes", "--block_size=64"], []):
+        message = refusal(train.main, ["--dataset=d", *names])
+        assert {"--source=texts", "--val_fraction=0.2"} < set(advice(message))
+        assert ("--block_size=64" in advice(message)) == ("--block_size=64" in names)
+        assert set(advice(refusal(prepare.main, ["--dataset=d", *names]))) == set(advice(message))
+    assert "--source=gone" in advice(refusal(prepare.main, ["--dataset=d", "--source=gone"]))
+    os.remove("data/d/val_00000.bin")
+    prepare.main(advice(refusal(prepare.read_manifest, settings.load(["--dataset=d"]))))
+    assert read_bytes("data/d/manifest.json") == manifest
+
+
+def interrupt(config, monkeypatch):
+    """Prepare, but stop before the manifest, as a killed process would."""
+    with monkeypatch.context() as context:
+        context.setattr(prepare, "SAVE_SECONDS", 0)
+        context.setattr(prepare, "BATCH_CHARS", 300)
+        context.setattr(prepare, "write_manifest", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare.prepare(config)
+
+
+def test_a_begun_preparation_whose_files_were_damaged_is_refused(workplace, monkeypatch):
+    interrupt(configure(), monkeypatch)
+    for name in ("train_00000.bin", os.path.basename(max(glob.glob("data/d/val_*")))):
+        content = read_bytes(f"data/d/{name}")
+        write_bytes(f"data/d/{name}", content[:2])
+        assert f"{name} has 2 bytes, not " in refusal(prepare.prepare, configure())
+        write_bytes(f"data/d/{name}", content)
+    progress = read_bytes("data/d/progress.json")
+    for damaged in (progress[:99], b"[]", progress.replace(b"blocks", b"bloks")):
+        write_bytes("data/d/progress.json", damaged)
+        expected = "progress.json is damaged: move data/d away, and run python prepare.py --data"
+        assert expected in refusal(prepare.prepare, configure())
+
+
+def test_a_shard_has_a_plain_name_inside_its_folder(prepared):
+    manifest = read_bytes("data/d/manifest.json")
+    for name in (b"../d/train_00000.bin", b"/etc/passwd"):
+        write_bytes("data/d/manifest.json", manifest.replace(b"train_00000.bin", name))
+        assert "is damaged" in refusal(prepare.read_manifest, configure())
+
+
+def test_a_data_set_is_prepared_by_one_process_at_a_time(workplace):
+    os.makedirs("data/d")
+    hold = "import prepare; lock = prepare.locked('data/d/.lock', ''); lock.__enter__(); print(); "
+    command = [sys.executable, "-c", hold + "input()"]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": HERE}, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert "another prepare.py is writing data/d" in refusal(prepare.prepare, configure())
+        other.communicate("\n")
+    prepare.prepare(configure())
+
+
+def test_only_a_full_disk_asks_for_room(workplace, monkeypatch):
+    write_bytes("data", b"")
+    message = refusal(prepare.prepare, configure())
+    assert "cannot write data/d: Not a directory" in message and "room" not in message
+    os.remove("data")
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(prepare, "flush", full)
+    assert "No space left on device; make room" in refusal(prepare.prepare, configure())
+
+
 def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
     files = prepare.stdlib_files()
     keys = [key for key, _ in files]
@@ -1579,11 +1687,6 @@ def test_micro_batches_that_the_processes_cannot_share_are_refused():
 def test_impossible_runs_are_refused_in_one_line(prepared, args, expected):
     assert expected in refusal(train.main, [*SMALL, *args])
     assert not os.path.exists("out")
-
-
-def write_bytes(path, content):
-    with open(path, "wb") as file:
-        file.write(content)
 
 
 def test_damaged_shards_are_refused_in_one_line(prepared):
