@@ -1078,7 +1078,8 @@ def test_all_formats_hold_the_same_documents(workplace):
     Dataset.from_list(rows).to_parquet("hub/train.parquet")
     for name in ("jsonl", "rows.parquet", "jsonl/*.jsonl,jsonl/*.gz"):
         for done in (0, 100):
-            *_, pieces = prepare.open_source(name, "body", {"pieces": done})
+            config = configure(f"--source={name}", "--text_field=body")
+            *_, pieces = prepare.open_source(config, {"pieces": done}, prepare.Undecodable())
             assert [piece.text for piece in pieces] == TEXTS[done:]
     for done in (0, 110):  # read as a Hugging Face data set, streaming
         assert [row["body"] for row in prepare.hub_rows("hub", None, done)] == TEXTS[done:]
@@ -1121,6 +1122,7 @@ def test_a_glob_names_documents_by_their_path_below_it(workplace):
 def test_a_long_text_is_cut_where_bpe_cuts(workplace, text):
     with open("long.md", "w", encoding="utf-8", newline="") as file:
         file.write(text)
+    prepare.Undecodable()
     sections = list(prepare.text_sections("long.md", 256))
     assert "".join(t for t, _ in sections) == text
     assert [ends for _, ends in sections] == [False] * (len(sections) - 1) + [True]
@@ -1135,6 +1137,7 @@ def test_a_long_text_is_cut_where_bpe_cuts(workplace, text):
 def test_a_text_without_spaces_is_cut_all_the_same(workplace):
     with open("long.txt", "w", encoding="utf-8") as file:
         file.write("文字" * 5000)
+    prepare.Undecodable()
     sections = list(prepare.text_sections("long.txt", 256))
     assert "".join(t for t, _ in sections) == "文字" * 5000 and len(sections) > 30
 
@@ -1262,6 +1265,184 @@ def test_only_a_full_disk_asks_for_room(workplace, monkeypatch):
 
     monkeypatch.setattr(prepare, "flush", full)
     assert "No space left on device; make room" in refusal(prepare.prepare, configure())
+
+
+def prepared_text(split, dataset="d"):
+    """What a split of bytes holds, without its meta-tokens and ends of text."""
+    tokens, after, _ = read_split(split, f"data/{dataset}")
+    tokens = np.append(tokens, after)
+    return tokens[tokens < 256].astype(np.uint8).tobytes()
+
+
+@pytest.mark.parametrize("tokenizer, n_blocks", [("bytes", 5), ("gpt2", 5), ("gpt2", 60)])
+@pytest.mark.parametrize("val_fraction", [0.0005, 0.05, 0.95])
+def test_a_lone_short_text_serves_both_splits(workplace, tokenizer, n_blocks, val_fraction):
+    text = "".join(TEXTS)
+    tokens = gpt2_bpe().encode_ordinary(text) if tokenizer == "gpt2" else list(text.encode())
+    block_size = len(tokens) // n_blocks
+    write_bytes("lone.txt", text.encode())
+    prepare.prepare(settings.load([
+        "--source=lone.txt", "--dataset=d", f"--tokenizer={tokenizer}",
+        f"--val_fraction={val_fraction}", f"--block_size={block_size}"]))
+    manifest = read_split("val")[2]
+    n_val, n_train = (manifest["splits"][split]["text_tokens"] for split in ("val", "train"))
+    share = n_val / (n_val + n_train)
+    assert share > 0.15 if n_blocks == 5 else abs(share - val_fraction) < 0.2
+
+
+def test_the_end_of_a_lone_short_text_is_held_out(workplace):
+    text = "".join(TEXTS).encode().decode("ascii", "ignore").encode()
+    write_bytes("lone.txt", text)
+    prepare.prepare(configure("--source=lone.txt", "--val_fraction=0.05"))
+    cut = len(text) - int(0.05 * len(text))
+    train, val = prepared_text("train"), prepared_text("val")
+    assert text[:cut].startswith(train) and len(train) > cut - 32
+    assert text[cut:].startswith(val) and len(val) > len(text) - cut - 32
+
+
+def test_a_lone_short_text_is_prepared_alike_after_an_interruption(workplace, monkeypatch):
+    monkeypatch.setattr(prepare, "SECTION_CHARS", 1000)
+    write_bytes("lone.txt", "".join(TEXTS).encode())
+    arguments = ["--source=lone.txt", "--val_fraction=1e-6"]
+    prepare.prepare(configure("--dataset=whole", "--workers=2", *arguments))
+    interrupt(configure(*arguments), monkeypatch)
+    prepare.prepare(configure(*arguments))
+    assert folder_bytes("data/d") == folder_bytes("data/whole")
+
+
+@pytest.mark.parametrize("args, fault", [
+    (["--max_tokens=10"], "max_tokens=10"),
+    (["--source=lone.txt"], "the short source=lone.txt"),
+    (["--val_fraction=1e-9"], "val_fraction=1e-09"),
+])
+def test_an_empty_split_names_what_is_at_fault(workplace, args, fault):
+    write_bytes("lone.txt", b"Too short a text.")
+    message = refusal(prepare.prepare, configure(*args))
+    assert message.startswith(f"error: {fault} left the ") and "less than a block" in message
+
+
+def test_a_source_edited_after_an_interruption_is_refused(workplace, monkeypatch):
+    config = configure()
+    interrupt(config, monkeypatch)
+    text = read_bytes("texts/000.txt")
+    write_bytes("texts/000.txt", text.upper())
+    os.utime("texts/000.txt", ns=(1, 1))  # whatever the clock's resolution
+    assert "source=texts was edited since data/d was begun" in refusal(prepare.prepare, config)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be with its mark"])
+def test_a_byte_order_mark_is_no_part_of_the_text(workplace, encoding):
+    codec, _, with_mark = encoding.partition(" ")
+    for name, text in (("a.txt", "É" * 500), ("a.jsonl", json.dumps({"text": "É" * 500}))):
+        text = "\ufeff" * bool(with_mark) + text
+        with open(name, "w", encoding=codec, newline="") as file:
+            file.write(text)
+        *_, pieces = prepare.open_source(configure(f"--source={name}"), {}, prepare.Undecodable())
+        assert "".join(piece.text for piece in pieces) == "É" * 500
+
+
+def test_bytes_that_are_no_text_are_replaced_and_counted(workplace, capsys):
+    from datasets import Dataset
+    line = "a caf\xe9 and many more words, " + "of plain text " * 20
+    write_bytes("latin.txt", "".join(TEXTS * 2).encode() + line.encode("latin-1") * 20)
+    rows = [{"text": f"{i} {line}".encode("latin-1")} for i in range(50)]
+    Dataset.from_list(rows).to_parquet("bytes.parquet")
+    for source in ("latin.txt", "bytes.parquet"):
+        prepare.prepare(configure(f"--source={source}", "--overwrite", "--val_fraction=0.5"))
+        warnings = re.findall(r"warning: (.*): 0.*% of its characters", capsys.readouterr().err)
+        assert warnings == [source]
+        assert "a caf\ufffd and".encode() in prepared_text("train") + prepared_text("val")
+    write_bytes("latin.txt", "d\xe9j\xe0 vu ".encode("latin-1") * 500)
+    message = refusal(prepare.prepare, configure("--source=latin.txt", "--dataset=new"))
+    assert "cannot read latin.txt: 25% of its characters are no UTF-8" in message
+    assert not os.path.exists("data/new/manifest.json")
+
+
+def rows_with_nulls(name):
+    from datasets import Dataset
+    rows = [{"body": text if i % 9 else None, "n": i} for i, text in enumerate(TEXTS)]
+    if name.endswith(".parquet"):
+        Dataset.from_list(rows).to_parquet(name)
+    else:
+        with open(name, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return rows
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "some/set"])
+def test_rows_without_text_are_skipped_and_counted(workplace, monkeypatch, capsys, name):
+    rows = rows_with_nulls("rows.parquet" if "/" in name else name)
+    monkeypatch.setattr(prepare, "hub_rows", lambda source, revision, skip: iter(rows[skip:]))
+    monkeypatch.setattr(prepare, "newest_revision", lambda source: "first")
+    arguments = [f"--source={name}", "--text_field=body"]
+    prepare.prepare(configure("--dataset=whole", *arguments))
+    assert "14 rows without text were skipped" in capsys.readouterr().out
+    manifest = read_split("train", "data/whole")[2]
+    assert (manifest["documents"], manifest["skipped_rows"]) == (106, 14)
+    interrupt(configure(*arguments), monkeypatch)
+    prepare.prepare(configure(*arguments))
+    assert "going on behind 106 documents" in capsys.readouterr().out
+    assert folder_bytes("data/d") == folder_bytes("data/whole")
+    message = refusal(prepare.prepare, configure(f"--source={name}", "--dataset=new"))
+    assert "row 1 has no text in 'text'" in message
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", " \n"])
+def test_a_million_blanks_are_cut_where_it_changes_nothing(blank):
+    tokenise = prepare.Tokeniser(gpt2_bpe(), 0.5)
+    text = f"one{blank * (600_000 // len(blank))} two"
+    whole = tokenise.encoding.encode_ordinary(text)
+    tokenise.encoding = SimpleNamespace(encode_to_numpy=refuse_long(tokenise.encoding))
+    parts = tokenise.encode(text)
+    assert len(parts) > 1 and np.concatenate(parts).tolist() == whole
+    tokenise = prepare.Tokeniser(gpt2_bpe(), 0.5)
+    tokens = np.concatenate(tokenise.encode("one" + blank * 1_500_000 + " two"))
+    assert tokenise.encoding.decode(tokens.tolist()) == "one" + blank * 1_500_000 + " two"
+
+
+def refuse_long(encoding):
+    """encode_to_numpy, which fails above 599,000 characters, as tiktoken does later."""
+    def encode(text, **options):
+        if len(text) > 599_000:
+            raise ValueError("Max stack size exceeded")
+        return encoding.encode_to_numpy(text, **options)
+    return encode
+
+
+def test_endings_are_known_in_either_case_and_zipped(workplace):
+    os.makedirs("many")
+    write_bytes("many/A.TXT", b"text A")
+    write_bytes("many/b.txt.gz", gzip.compress(b"text b"))
+    write_bytes("many/c.json", b'{"text": "text c"}')
+    write_bytes("many/d.Jsonl.GZ", gzip.compress(b'{"text": "text d"}'))
+    write_bytes("many/e.pdf", b"none")
+    write_bytes("many/._f.txt", b"none")
+    os.makedirs("many/.git")
+    write_bytes("many/.git/g.txt", b"none")
+    *_, pieces = prepare.open_source(configure("--source=many"), {}, prepare.Undecodable())
+    assert [piece.text for piece in pieces] == ["text A", "text b", "text c", "text d"]
+
+
+def test_linked_folders_are_read_once(workplace):
+    before = prepare.find_files("texts")
+    os.symlink("..", "texts/deep/loop")
+    assert prepare.find_files("texts") == before
+    assert len(prepare.find_files("texts/**")) == len(before)
+    os.symlink("deep", "texts/a_link")
+    assert prepare.find_files("texts") == before
+    os.makedirs("elsewhere")
+    write_bytes("elsewhere/new.txt", b"new")
+    os.symlink("../elsewhere", "texts/b_link")
+    os.symlink("../../elsewhere", "texts/deep/c_link")
+    assert prepare.find_files("texts") == sorted([*before, ("b_link/new.txt",
+                                                            "texts/b_link/new.txt")])
+
+
+def test_a_dangling_link_is_named(workplace):
+    os.symlink("nowhere", "texts/gone.txt")
+    for source in ("texts", "texts/*", "texts/**"):
+        message = refusal(prepare.prepare, configure(f"--source={source}"))
+        assert "cannot read texts/gone.txt: No such file" in message
 
 
 def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
