@@ -243,17 +243,18 @@ class Undecodable:
             chars += len(piece.text)
             self.shares[name] = self.replaced / max(chars, 1)
             yield piece
-        self.worst()
+        self.judge(name)
 
     def worst(self):
-        """A sentence on the worst file, or None. Raise SourceError above 1%."""
-        name = max(self.shares, key=self.shares.get, default=None)
-        if name is None or self.shares[name] == 0:
-            return None
-        problem = f"{100 * self.shares[name]:.2g}% of its characters are no UTF-8"
-        if self.shares[name] > 0.01:
+        return self.judge(max(self.shares, key=self.shares.get, default=None))
+
+    def judge(self, name):
+        """What is wrong with a file, or None. Raise SourceError above 1%."""
+        share = self.shares.get(name, 0)
+        problem = f"{100 * share:.2g}% of its characters are no UTF-8"
+        if share > 0.01:
             raise SourceError(f"cannot read {name}: {problem}: convert it")
-        return f"{name}: {problem}, and became U+FFFD"
+        return f"{name}: {problem}, and became U+FFFD" if share > 0 else None
 
 
 def encoding_of(beginning):
