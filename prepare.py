@@ -731,15 +731,19 @@ def read_description(path):
         described, sizes = json.load(file), {}
     try:
         recipe, parts = described.get("of", described), described.get("splits", described)
-        names = ("text_vocab_size", "meta_id", "meta_per_block", *MUST_FIT)
-        right = [type(recipe[name]) for name in names] == [int, int, int, str, int, float, str]
         for split in SPLITS:
             sizes |= {shard["file"]: shard["bytes"] for shard in parts[split]["shards"]}
             sizes |= parts[split].get("writing", {})
-        plain = all(re.fullmatch(SHARD, name) for name in sizes)
+        names = ("text_vocab_size", "meta_id", "meta_per_block", *MUST_FIT)
+        right = [type(recipe[name]) for name in names] == [int, int, int, str, int, float, str]
+        right &= all(re.fullmatch(SHARD, name) for name in sizes)
+        numbers = [*sizes.values(), *(parts[split]["blocks"] for split in SPLITS)]
+        if "of" in described:
+            numbers += [described[name] for name in ("pieces", "documents", "chars", "tokens")]
+        right &= {*map(type, numbers)} == {int}
     except (KeyError, TypeError, AttributeError):
-        right = plain = False
-    if not (right and plain and {*map(type, sizes.values())} <= {int}):
+        right = False
+    if not right:
         raise ValueError(f"{path} is damaged")
     return described, sizes
 
