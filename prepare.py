@@ -10,10 +10,12 @@ a copy of the next block's first token. Killed at any moment and started again,
 prepare.py goes on and ends with the same bytes, whatever the number of workers.
 --block_size, --seed and --overwrite count here, too.
 """
+import codecs
 import errno
 import glob
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -27,7 +29,8 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import NamedTuple
 
 import config as settings
@@ -40,13 +43,14 @@ META = "<|meta|>"              # how the meta-token is printed
 SPLITS = ("train", "val")
 DTYPE = np.dtype(np.uint16)    # of the files: GPT-2's ids and the meta-token end at 50,257
 SHARD_TOKENS = 100_000_000
+SHARD = r"(train|val)_\d{5}\.bin"
 GROUP = 256                    # blocks whose meta-tokens are placed together
 BATCH_CHARS = 1 << 20          # text tokenised at a time; the longest piece of a text file
 SECTION_CHARS = 1 << 16        # a piece of a lone text file
 SAVE_SECONDS = 10              # between two notes of how far we are
 MUST_FIT = ("tokenizer", "block_size", "meta_rate", "meta_placement")  # data and model
 PLAIN_TEXT = (".txt", ".md", ".py")
-ENDINGS = (*PLAIN_TEXT, ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+ENDINGS = (*PLAIN_TEXT, ".jsonl", ".json", ".parquet")  # and .gz behind them
 
 
 def main(argv=None):
@@ -124,35 +128,45 @@ def inject(text, places, meta_id):
 
 class Piece(NamedTuple):
     """A document, or a part of one that is too long to tokenise at once."""
-    key: str     # its hash decides between training and validation
+    key: str     # its hash decides between training and validation ...
     text: str
     ends: bool   # whether the document ends here
+    split: str | None = None   # ... unless this does
+
+
+SKIPPED = Piece("", "", False)  # a row without text
 
 
 class SourceError(Exception):
     """A source that cannot be read. The message is one line for people."""
 
 
-def open_source(name, text_field, begun):
-    """(version, bytes, pieces) of 'stdlib', of local files or of a data set on the hub.
+def open_source(config, begun, undecodable):
+    """(version, changed, bytes, pieces) of 'stdlib', local files or a set on the hub.
 
-    Skip the pieces that `begun` (a progress.json) counts. Stay at its revision. bytes
-    is None on the hub, where nobody knows.
+    Skip the pieces that `begun` (a progress.json) counts. Stay at its revision.
+    `changed` differs when a file was edited. It and bytes are None on the hub.
     """
-    done = begun.get("pieces", 0)
-    if name == "stdlib":
-        version, files = f"Python {platform.python_version()}", stdlib_files()
-    elif is_on_hub(name):
+    name, field, done = config.source, config.text_field, begun.get("pieces", 0)
+    if name != "stdlib" and is_on_hub(name):
         revision = begun["of"]["source_version"] if begun else newest_revision(name)
         rows = enumerate(hub_rows(name, revision, done), done + 1)
-        return revision, None, row_pieces(rows, text_field, name)
-    else:
-        files = find_files(name)
-        listing = "".join(f"{key} {os.path.getsize(path)}\n" for key, path in files)
-        digest = sha256(listing.encode())[:16]
-        version = f"{len(files)} files, sha256 of names and sizes {digest}"
-    n_bytes = sum(os.path.getsize(path) for _, path in files)
-    return version, n_bytes, itertools.islice(file_pieces(files, text_field), done, None)
+        return revision, None, None, undecodable.counted(name, row_pieces(rows, field, name))
+    try:
+        files = stdlib_files() if name == "stdlib" else find_files(name)
+        stats = [os.stat(path) for _, path in files]
+    except OSError as e:
+        raise SourceError(f"cannot read {e.filename}: {e.strerror}") from None
+    listing = "".join(f"{key} {stat.st_size}\n" for (key, _), stat in zip(files, stats))
+    version = f"{len(files)} files, sha256 of names and sizes {sha256(listing.encode())[:16]}"
+    if name == "stdlib":
+        version = f"Python {platform.python_version()}"
+    changed = sha256(f"{listing} {[stat.st_mtime_ns for stat in stats]}".encode())
+    pieces = file_pieces(files, field, undecodable)
+    if len(files) == 1 and kind_of(files[0][1]) in PLAIN_TEXT:
+        pieces = serve_both_splits(pieces, config.val_fraction, config.block_size)
+    n_bytes = sum(stat.st_size for stat in stats)
+    return version, changed, n_bytes, itertools.islice(pieces, done, None)
 
 
 def stdlib_files():
@@ -168,12 +182,13 @@ def find_files(source):
     for pattern in map(os.path.expanduser, filter(None, source.split(","))):
         exists = os.path.exists(pattern)  # brackets may be part of a name
         found = [pattern] if exists else sorted(glob.glob(pattern, recursive=True))
-        if "**" in pattern:  # it finds folders and what is in them
-            found = filter(os.path.isfile, found)
+        if "**" in pattern:  # it finds folders and what is in them, by way of links again
+            found = [path for path in reversed(found) if not os.path.isdir(path)]
+            found = sorted({os.path.realpath(path): path for path in found}.values())
         paths = [path for place in found for _, path in files_below(place, ENDINGS)]
         if not paths:
             raise SourceError(f"source={pattern}: no such file, or nothing that ends in "
-                              f"{', '.join(ENDINGS)}")
+                              f"{', '.join(ENDINGS)} (or .gz behind that)")
         before_wildcard = pattern if exists else re.split(r"[*?[]", pattern)[0]
         root = pattern if os.path.isdir(pattern) else os.path.dirname(before_wildcard)
         files += [(key_of(path, root), path) for path in paths]
@@ -181,11 +196,28 @@ def find_files(source):
 
 
 def files_below(root, endings):
-    """(key, path) of a folder's files, or of one file, in the order of their keys."""
-    paths = [root] if os.path.isfile(root) else []
-    for folder, _, names in os.walk(root):
-        paths += [os.path.join(folder, name) for name in names]
-    return sorted((key_of(path, root), path) for path in paths if path.endswith(endings))
+    """(key, path) of a folder's files, or of one file, in the order of their keys.
+
+    A linked folder is read once. Names in it that begin with a dot are left out.
+    """
+    paths, folders = ([], [root]) if os.path.isdir(root) else ([root], [])
+    seen = set()
+    for start in folders:  # which grows by the links
+        for folder, inside, names in os.walk(start):
+            if os.path.realpath(folder) in seen:
+                inside.clear()
+                continue
+            seen.add(os.path.realpath(folder))
+            inside[:] = sorted(name for name in inside if name[0] != ".")
+            subfolders = [os.path.join(folder, name) for name in inside]
+            folders += filter(os.path.islink, subfolders)
+            paths += [os.path.join(folder, name) for name in names if name[0] != "."]
+    return sorted((key_of(path, root), path) for path in paths if kind_of(path) in endings)
+
+
+def kind_of(path):
+    """The ending in lower case, and without .gz."""
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
 
 
 def key_of(path, root):
@@ -193,18 +225,61 @@ def key_of(path, root):
     return os.path.relpath(path, root).replace(os.sep, "/")
 
 
-def file_pieces(files, text_field):
+class Undecodable:
+    """Counts the bytes that are no text, file by file. U+FFFD takes their place."""
+
+    def __init__(self):
+        self.shares = {}  # of each file's characters
+        codecs.register_error("count", self.replace)
+
+    def replace(self, error):
+        self.replaced += 1
+        return "\ufffd", error.end
+
+    def counted(self, name, pieces):
+        """The pieces of a file. Raise SourceError behind them if it is no text."""
+        self.replaced = chars = 0
+        for piece in pieces:
+            chars += len(piece.text)
+            self.shares[name] = self.replaced / max(chars, 1)
+            yield piece
+        self.judge(name)
+
+    def worst(self):
+        return self.judge(max(self.shares, key=self.shares.get, default=None))
+
+    def judge(self, name):
+        """What is wrong with a file, or None. Raise SourceError above 1%."""
+        share = self.shares.get(name, 0)
+        problem = f"{100 * share:.2g}% of its characters are no UTF-8"
+        if share > 0.01:
+            raise SourceError(f"cannot read {name}: {problem}: convert it")
+        return f"{name}: {problem}, and became U+FFFD" if share > 0 else None
+
+
+def encoding_of(beginning):
+    """UTF-16 if the first bytes are its mark, else UTF-8. A mark is no text."""
+    return "utf-16" if beginning[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def open_text(path):
+    file = gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb")
+    return io.TextIOWrapper(file, encoding_of(file.peek(2)), errors="count", newline="")
+
+
+def file_pieces(files, text_field, undecodable):
     """The pieces of text files, each a document, and of tables of documents."""
     lone = len(files) == 1  # its sections go to training or validation one by one
     for key, path in files:
         try:
-            if path.endswith(PLAIN_TEXT):
-                sections = text_sections(path, SECTION_CHARS if lone else BATCH_CHARS)
-                for number, (text, ends) in enumerate(sections):
-                    yield Piece(f"{key}#{number}" if lone else key, text, ends)
+            if kind_of(path) in PLAIN_TEXT:
+                sections = enumerate(text_sections(path, SECTION_CHARS if lone else BATCH_CHARS))
+                pieces = (Piece(f"{key}#{number}" if lone else key, text, ends)
+                          for number, (text, ends) in sections)
             else:
-                read_rows = parquet_rows if path.endswith(".parquet") else json_rows
-                yield from row_pieces(read_rows(path, text_field), text_field, path)
+                read_rows = parquet_rows if kind_of(path) == ".parquet" else json_rows
+                pieces = row_pieces(read_rows(path, text_field), text_field, path)
+            yield from undecodable.counted(path, pieces)
         except (OSError, EOFError, ValueError, zlib.error) as e:
             reason = (str(e) or type(e).__name__).splitlines()[0]
             raise SourceError(f"cannot read {path}: {reason}") from None
@@ -216,7 +291,7 @@ def text_sections(path, size):
     A section ends before a single space between two words, where BPE cuts as well. In a
     text without any it ends wherever the size says.
     """
-    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+    with open_text(path) as file:
         rest = file.read(size)
         while more := file.read(size):
             up_to_last_word = re.match(r".*\S(?= \S)", rest, re.DOTALL)
@@ -226,10 +301,32 @@ def text_sections(path, size):
         yield rest, True
 
 
+def serve_both_splits(pieces, val_fraction, block_size):
+    """The pieces of a lone text. Its end is for validation if hashes fail one split.
+
+    They may leave it less than a block, as the text is short. Eight characters a token
+    are enough, or a quarter of the text.
+    """
+    held, chars = [], dict.fromkeys(SPLITS, 0)
+    for piece in pieces:
+        held.append(piece)
+        chars[split_of(piece.key, val_fraction)] += len(piece.text)
+        while sum(len(p.text) for p in held[1:]) >= max(2 * SECTION_CHARS, 16 * block_size):
+            yield held.pop(0)
+    total = sum(chars.values())
+    enough = min(total // 4, 8 * block_size)
+    if min(chars.values()) >= enough:
+        yield from held
+    else:
+        end = "".join(piece.text for piece in held)
+        n_val = min(max(int(val_fraction * total), enough), len(end) - enough)
+        yield Piece(held[0].key, end[:-n_val], False, "train")
+        yield Piece(held[0].key, end[-n_val:], True, "val")
+
+
 def json_rows(path, text_field):
     """(line number, row) of every line that is not blank."""
-    open_file = gzip.open if path.endswith(".gz") else open
-    with open_file(path, "rt", encoding="utf-8") as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 if not line.isspace():
@@ -251,19 +348,25 @@ def parquet_rows(path, text_field):
 
 
 def row_pieces(rows, text_field, where):
-    """A row is a document, and its text is its key."""
+    """A row is a document, and its text is its key. Null is no document."""
     for number, row in rows:
-        text = row.get(text_field) if isinstance(row, dict) else None
-        if not isinstance(text, str):
+        missing = None if number > 1 else 0  # a first row tells whether there is a column
+        text = row.get(text_field, missing) if isinstance(row, dict) else 0
+        if isinstance(text, bytes):
+            text = text.decode(encoding_of(text), "count")
+        if text is None:
+            yield SKIPPED
+        elif isinstance(text, str):
+            yield Piece(text, text, True)
+        else:
             raise SourceError(f"{where}: row {number} has no text in '{text_field}': "
                               "name the column with --text_field=")
-        yield Piece(text, text, True)
 
 
 def is_on_hub(source):
     """Whether this is a name on the Hugging Face hub, as allenai/c4:en, and no path."""
     is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:.+)?", source)
-    return is_name and not source.endswith(ENDINGS) and not os.path.exists(source)
+    return is_name and kind_of(source) not in ENDINGS and not os.path.exists(source)
 
 
 def hub_rows(source, revision, skip):
@@ -310,14 +413,22 @@ class Tokeniser(threading.local):
     def __call__(self, batch):
         """{'train': (n,), 'val': (m,)}, end-of-text behind each document."""
         parts = {split: [np.empty(0, DTYPE)] for split in SPLITS}
-        for key, text, ends in batch:
-            split = split_of(key, self.val_fraction)
+        for key, text, ends, split in batch:
+            split = split or split_of(key, self.val_fraction)
             text = text.encode("utf-8", "replace").decode()  # a lone surrogate is no text
-            parts[split].append(self.encoding.encode_to_numpy(text, disallowed_special=()))
+            parts[split] += self.encode(text)
             if ends:
                 parts[split].append([self.encoding.eot_token])
         return {split: np.concatenate(tokens, dtype=DTYPE, casting="unsafe")
                 for split, tokens in parts.items()}
+
+    def encode(self, text):
+        """Arrays of tokens: one, unless tiktoken refuses a million blanks in a row."""
+        encode = partial(self.encoding.encode_to_numpy, disallowed_special=())
+        try:
+            return [encode(text)]
+        except ValueError:  # where there are many blanks, BPE knows no longer tokens
+            return [encode(part) for part in re.split(r"(\s{524288})", text)]
 
 
 def split_of(key, val_fraction):
@@ -361,9 +472,8 @@ def cores():
 class SplitWriter:
     """Cuts one split's text into blocks, injects the meta-tokens and writes shards."""
 
-    def __init__(self, folder, split, recipe, state=None):
+    def __init__(self, folder, split, recipe, state):
         """Go on from a state, and forget what was written after it."""
-        state = state or {"shards": [], "blocks": 0, "rest": []}
         self.folder, self.split, self.recipe = folder, split, recipe
         self.block_size = recipe["block_size"]
         self.text_per_block = self.block_size - recipe["meta_per_block"]
@@ -373,20 +483,26 @@ class SplitWriter:
         self.rest = np.array(state["rest"], DTYPE)   # text that is no whole block yet
         self.places = []                             # of the next blocks, up to a group's end
         if self.in_shard():
-            os.truncate(self.path(), self.in_shard() * self.block_size * DTYPE.itemsize)
+            os.truncate(self.path(), self.bytes_in_shard())
 
     def in_shard(self):
         """The number of blocks in the shard that is being written."""
         return self.blocks % self.blocks_per_shard
 
+    def bytes_in_shard(self):
+        return self.in_shard() * self.block_size * DTYPE.itemsize
+
     def path(self):
-        return f"{self.folder}/{self.split}_{len(self.shards):05d}.bin"
+        return os.path.join(self.folder, f"{self.split}_{len(self.shards):05d}.bin")
 
     def state(self):
         """How far we are, with everything up to there safe on the disk."""
+        writing = {}
         if self.in_shard():
             flush(self.path())
-        return {"shards": self.shards, "blocks": self.blocks, "rest": self.rest.tolist()}
+            writing[os.path.basename(self.path())] = self.bytes_in_shard()
+        return {"shards": self.shards, "writing": writing, "blocks": self.blocks,
+                "rest": self.rest.tolist()}
 
     def add(self, text):
         """Write the blocks that there is text for. One token stays for end_shard."""
@@ -433,34 +549,49 @@ def prepare(config):
     """Write data/<dataset>/ unless it is there. Raise SystemExit with one line."""
     folder = folder_of(config.dataset)
     again = "the same command without --overwrite" if config.overwrite else "the same command"
+    busy = f"another prepare.py is writing {folder}: wait, or name another --dataset"
     try:
-        progress = read_progress(config)
-        encoding = get_tokenizer(config.tokenizer)
-        version, n_bytes, pieces = open_source(config.source, config.text_field, progress)
-        recipe = recipe_of(config, encoding, version)
-        if progress:
-            check_same(config, progress["of"], recipe)
-            if "splits" in progress["of"]:
-                print(f"{folder} is prepared already")
-                return
-            print(f"going on behind {progress['documents']:,} documents")
-        else:
-            os.makedirs(folder, exist_ok=True)
-            for name in sorted(os.listdir(folder)):  # what is left of an older preparation
-                if re.fullmatch(r"manifest\.json|progress\.json|(train|val)_.*\.bin", name):
-                    os.remove(os.path.join(folder, name))
-            progress = {"of": recipe, "pieces": 0, "documents": 0, "chars": 0, "tokens": 0}
-        tokenise = Tokeniser(encoding, config.val_fraction)
-        splits = write_shards(folder, progress, pieces, n_bytes, tokenise,
-                              config.workers or cores())
-        write_manifest(folder, recipe, progress["documents"], splits)
+        os.makedirs(folder, exist_ok=True)
+        complete = os.path.exists(f"{folder}/manifest.json") and not config.overwrite
+        with nullcontext() if complete else locked(f"{folder}/.lock", busy):
+            write_data(config, folder)
     except SourceError as e:
         raise config.error(e) from None
     except KeyboardInterrupt:
         raise SystemExit(f"\ninterrupted; {again} goes on from here") from None
     except OSError as e:
-        raise SystemExit(f"error: cannot write {folder}: {e.strerror}; make room, "
+        advice = "make room" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
+        raise SystemExit(f"error: cannot write {folder}: {e.strerror}; {advice}, "
                          f"and {again} goes on from here") from None
+
+
+def write_data(config, folder):
+    """Begin a data set, or go on with it."""
+    progress, undecodable = read_progress(config), Undecodable()
+    encoding = get_tokenizer(config.tokenizer)
+    version, changed, n_bytes, pieces = open_source(config, progress, undecodable)
+    recipe = recipe_of(config, encoding, version)
+    if progress:
+        check_same(config, progress["of"], recipe)
+        if "splits" in progress["of"]:
+            print(f"{folder} is prepared already")
+            return
+        if progress.get("changed", changed) != changed:
+            raise config.error(f"source={config.source} was edited since {folder} was begun: "
+                               f"run {prepare_command(config)} --overwrite")
+        print(f"going on behind {progress['documents']:,} documents")
+    else:
+        remove_older(folder)
+        progress = {"of": recipe, "changed": changed, "pieces": 0, "documents": 0,
+                    "skipped_rows": 0, "chars": 0, "tokens": 0}
+        progress |= {split: {"shards": [], "blocks": 0, "rest": []} for split in SPLITS}
+        write_json(f"{folder}/progress.json", progress)  # makes the shards to come our own
+    tokenise = Tokeniser(encoding, config.val_fraction)
+    splits = write_shards(folder, progress, pieces, n_bytes, tokenise, config.workers or cores())
+    warning = undecodable.worst()
+    write_manifest(folder, progress, splits)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def write_shards(folder, progress, pieces, n_bytes, tokenise, workers):
@@ -470,7 +601,7 @@ def write_shards(folder, progress, pieces, n_bytes, tokenise, workers):
     from which the bar guesses the end.
     """
     recipe = progress["of"]
-    writers = {split: SplitWriter(folder, split, recipe, progress.get(split)) for split in SPLITS}
+    writers = {split: SplitWriter(folder, split, recipe, progress[split]) for split in SPLITS}
     limit = recipe["max_tokens"] or sys.maxsize
     bar = tqdm(desc=f"preparing {folder}", unit=" tokens", unit_scale=True,
                initial=progress["tokens"], total=recipe["max_tokens"] or None)
@@ -485,6 +616,7 @@ def write_shards(folder, progress, pieces, n_bytes, tokenise, workers):
                 progress["tokens"] += len(tokens[split])
             progress["pieces"] += len(batch)
             progress["documents"] += sum(piece.ends for piece in batch)
+            progress["skipped_rows"] = progress.get("skipped_rows", 0) + batch.count(SKIPPED)
             progress["chars"] += sum(len(piece.text) for piece in batch)
             if n_bytes and not recipe["max_tokens"]:
                 bar.total = progress["tokens"] * n_bytes // max(progress["chars"], 1)
@@ -498,15 +630,25 @@ def write_shards(folder, progress, pieces, n_bytes, tokenise, workers):
     return {split: writer.close() for split, writer in writers.items()}
 
 
-def write_manifest(folder, recipe, documents, splits):
+def write_manifest(folder, progress, splits):
     """Complete the data set. Raise if a split is empty."""
+    recipe, documents = progress["of"], progress["documents"]
+    fault = f"val_fraction={recipe['val_fraction']}"
+    if progress["tokens"] < 4 * recipe["block_size"]:
+        fault = f"the short source={recipe['source']}"
+    if 0 < recipe["max_tokens"] <= progress["tokens"]:
+        fault = f"max_tokens={recipe['max_tokens']}"
     for split, part in splits.items():
         if part["blocks"] == 0:
             raise SourceError(
-                f"val_fraction={recipe['val_fraction']} left the {split} split "
-                f"{part['dropped_text_tokens']} text tokens of {documents} documents, "
-                f"less than a block of block_size={recipe['block_size']}")
-    write_json(f"{folder}/manifest.json", recipe | {"documents": documents, "splits": splits})
+                f"{fault} left the {split} split {part['dropped_text_tokens']} text tokens of "
+                f"{documents} documents, less than a block of block_size={recipe['block_size']}")
+    skipped = progress.get("skipped_rows", 0)
+    counts = {"documents": documents}
+    if skipped:
+        counts["skipped_rows"] = skipped
+        print(f"{skipped:,} rows without text were skipped")
+    write_json(f"{folder}/manifest.json", recipe | counts | {"splits": splits})
     with suppress(FileNotFoundError):
         os.remove(f"{folder}/progress.json")
     print(f"{folder}: {splits['train']['tokens']:,} tokens to train on, "
@@ -537,42 +679,92 @@ def recipe_of(config, encoding, source_version):
 # What lies in a folder
 
 def folder_of(dataset):
+    """data/<dataset>. Raise SystemExit if that is not a folder in data/."""
+    if dataset in ("", ".", "..") or os.path.basename(dataset) != dataset:
+        raise SystemExit(f"error: dataset={dataset}: expected the plain name of a folder in data/")
     return os.path.join("data", dataset)
 
 
 def read_progress(config):
     """progress.json; {"of": manifest} if the data are complete; {} to begin anew."""
-    folder = folder_of(config.dataset)
     if not config.overwrite:
-        if os.path.exists(f"{folder}/manifest.json"):
+        if os.path.exists(os.path.join(folder_of(config.dataset), "manifest.json")):
             return {"of": read_manifest(config)}
-        with suppress(FileNotFoundError), open(f"{folder}/progress.json") as file:
-            return json.load(file)
+        with suppress(FileNotFoundError):
+            progress = read_checked(config, "progress.json")
+            return progress if progress["pieces"] > 0 else {}
     return {}
 
 
 def read_manifest(config):
-    """manifest.json, with the sizes checked. Raise SystemExit with one line."""
-    folder, command = folder_of(config.dataset), prepare_command(config)
-    path = os.path.join(folder, "manifest.json")
+    """manifest.json, compared with the files. Raise SystemExit with one line."""
     try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
-        shards = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
-        sizes = {shard["file"]: shard["bytes"] for shard in shards}
-        for name in ("text_vocab_size", "meta_id", "meta_per_block", *MUST_FIT):
-            manifest[name]
+        return read_checked(config, "manifest.json")
     except FileNotFoundError:
-        raise SystemExit(f"error: no data in {folder}: run {command}") from None
-    except (ValueError, KeyError, TypeError):
-        raise SystemExit(f"error: {path} is damaged: run {command} --overwrite") from None
-    for name, size in sizes.items():
-        path = os.path.join(folder, name)
+        raise SystemExit(f"error: no data in {folder_of(config.dataset)}: "
+                         f"run {prepare_command(config)}") from None
+
+
+def read_checked(config, name):
+    """manifest.json or progress.json, compared with the files that it names."""
+    folder = folder_of(config.dataset)
+    path = os.path.join(folder, name)
+    try:
+        described, sizes = read_description(path)
+    except ValueError:
+        raise SystemExit(f"error: {path} is damaged: move {folder} away, and run "
+                         f"{prepare_command(config)}") from None
+    for shard, size in sizes.items():
+        path = os.path.join(folder, shard)
         found = os.path.getsize(path) if os.path.exists(path) else None
-        if found != size:
+        begun = "of" in described  # then more may have been written
+        if found is None or found < size or (found > size and not begun):
             problem = "is missing" if found is None else f"has {found} bytes, not {size}"
+            command = prepare_command(config, described.get("of", described))
             raise SystemExit(f"error: {path} {problem}: run {command} --overwrite")
-    return manifest
+    return described
+
+
+def read_description(path):
+    """(a manifest or progress, {shard: bytes}). Raise ValueError if it is damaged."""
+    with open(path, encoding="utf-8") as file:
+        described, sizes = json.load(file), {}
+    try:
+        recipe, parts = described.get("of", described), described.get("splits", described)
+        for split in SPLITS:
+            sizes |= {shard["file"]: shard["bytes"] for shard in parts[split]["shards"]}
+            sizes |= parts[split].get("writing", {})
+        names = ("text_vocab_size", "meta_id", "meta_per_block", *MUST_FIT)
+        right = [type(recipe[name]) for name in names] == [int, int, int, str, int, float, str]
+        right &= all(re.fullmatch(SHARD, name) for name in sizes)
+        numbers = [*sizes.values(), *(parts[split]["blocks"] for split in SPLITS)]
+        if "of" in described:
+            numbers += [described[name] for name in ("pieces", "documents", "chars", "tokens")]
+        right &= {*map(type, numbers)} == {int}
+    except (KeyError, TypeError, AttributeError):
+        right = False
+    if not right:
+        raise ValueError(f"{path} is damaged")
+    return described, sizes
+
+
+def remove_older(folder):
+    """Remove an older preparation. Raise SystemExit if there are other such files."""
+    shards = {name for name in os.listdir(folder) if re.fullmatch(r"(train|val)_.*\.bin", name)}
+    own = set()
+    for name in ("manifest.json", "progress.json"):
+        with suppress(FileNotFoundError, ValueError):  # a damaged one tells of no shards
+            described, sizes = read_description(os.path.join(folder, name))
+            own |= set(sizes)
+            if "of" in described:  # more shards may have been begun since
+                own |= {shard for shard in shards if re.fullmatch(SHARD, shard)}
+    if foreign := sorted(shards - own):
+        raise SystemExit(f"error: {os.path.join(folder, foreign[0])} belongs to no preparation "
+                         "that is known: move it away, or name another --dataset")
+    notes = ("manifest.json.tmp", "progress.json.tmp", "manifest.json", "progress.json")
+    for name in (*sorted(own), *notes):  # what tells of the shards goes last
+        with suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, name))
 
 
 def verify(config, manifest):
@@ -581,8 +773,8 @@ def verify(config, manifest):
         for shard in split["shards"]:
             path = os.path.join(folder_of(config.dataset), shard["file"])
             if sha256_of(path) != shard["sha256"]:
-                raise SystemExit(f"error: {path} was altered (its checksum differs): "
-                                 f"run {prepare_command(config)} --overwrite")
+                raise SystemExit(f"error: {path} was altered (its checksum differs): run "
+                                 f"{prepare_command(config, manifest)} --overwrite")
 
 
 def check_fit(config, manifest):
@@ -590,25 +782,29 @@ def check_fit(config, manifest):
     check_same(config, manifest, {name: getattr(config, name) for name in MUST_FIT})
 
 
-def prepare_command(config):
-    """The command that prepares the data that the config asks for."""
+def prepare_command(config, recipe=None):
+    """The command that prepares what the config asks for, or the data of a recipe."""
+    values = vars(config) | (recipe or {})
     command = ["python", "prepare.py"]
     for name in ("dataset", "source", "text_field", "tokenizer", "block_size", "meta_rate",
                  "meta_placement", "val_fraction", "max_tokens", "seed"):
-        value = getattr(config, name)
-        if value != getattr(settings.Config, name):
-            command.append(f"--{name}={value}")
+        if values[name] != getattr(settings.Config, name):
+            command.append(f"--{name}={values[name]}")
     return shlex.join(command)
 
 
 def check_same(config, there, wanted):
     """Refuse data that were prepared, or begun, with other values than wanted."""
-    for name, value in wanted.items():
-        if there.get(name) != value:
-            raise config.error(
-                f"{folder_of(config.dataset)} was prepared with {name} {there.get(name)}, but "
-                f"{name}={value}: name another --dataset, or run {prepare_command(config)} "
-                "--overwrite")
+    differing = {name: value for name, value in wanted.items() if there.get(name) != value}
+    if differing:
+        # Replace no source of the user's by a default.
+        asked = {name: value for name, value in differing.items()
+                 if name in MUST_FIT or config.given(name)}
+        name, value = next(iter(differing.items()))
+        raise config.error(
+            f"{folder_of(config.dataset)} was prepared with {name} {there.get(name)}, but "
+            f"{name}={value}: name another --dataset, or run "
+            f"{prepare_command(config, there | asked)} --overwrite")
 
 
 def lock(path, busy):

@@ -118,6 +118,11 @@ def read_bytes(path):
         return file.read()
 
 
+def write_bytes(path, content):
+    with open(path, "wb") as file:
+        file.write(content)
+
+
 def folder_bytes(folder):
     return {name: read_bytes(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
 
@@ -1227,7 +1232,8 @@ def test_all_formats_hold_the_same_documents(workplace):
     Dataset.from_list(rows).to_parquet("hub/train.parquet")
     for name in ("jsonl", "rows.parquet", "jsonl/*.jsonl,jsonl/*.gz"):
         for done in (0, 100):
-            *_, pieces = prepare.open_source(name, "body", {"pieces": done})
+            config = configure(f"--source={name}", "--text_field=body")
+            *_, pieces = prepare.open_source(config, {"pieces": done}, prepare.Undecodable())
             assert [piece.text for piece in pieces] == TEXTS[done:]
     for done in (0, 110):  # read as a Hugging Face data set, streaming
         assert [row["body"] for row in prepare.hub_rows("hub", None, done)] == TEXTS[done:]
@@ -1270,6 +1276,7 @@ def test_a_glob_names_documents_by_their_path_below_it(workplace):
 def test_a_long_text_is_cut_where_bpe_cuts(workplace, text):
     with open("long.md", "w", encoding="utf-8", newline="") as file:
         file.write(text)
+    prepare.Undecodable()
     sections = list(prepare.text_sections("long.md", 256))
     assert "".join(t for t, _ in sections) == text
     assert [ends for _, ends in sections] == [False] * (len(sections) - 1) + [True]
@@ -1284,6 +1291,7 @@ def test_a_long_text_is_cut_where_bpe_cuts(workplace, text):
 def test_a_text_without_spaces_is_cut_all_the_same(workplace):
     with open("long.txt", "w", encoding="utf-8") as file:
         file.write("文字" * 5000)
+    prepare.Undecodable()
     sections = list(prepare.text_sections("long.txt", 256))
     assert "".join(t for t, _ in sections) == "文字" * 5000 and len(sections) > 30
 
@@ -1309,6 +1317,286 @@ def test_other_data_are_not_taken_for_what_was_asked(prepared):
     assert "data/d was prepared with seed 1337, but seed=7" in message
     prepare.main([*DATA, "--seed=7", "--overwrite"])
     assert read_split("train")[2]["seed"] == 7
+
+
+@pytest.mark.parametrize("manifest", [None, b"{"], ids=["lost", "damaged"])
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])
+def test_files_of_another_origin_are_never_removed(workplace, manifest, overwrite):
+    os.makedirs("data/d")
+    write_bytes("data/d/train_00000.bin", b"mine")
+    if manifest:
+        write_bytes("data/d/manifest.json", manifest)
+    message = refusal(prepare.prepare, configure(*overwrite))
+    assert ("move it away, or name another" in message) or ("damaged: move data/d away" in message)
+    assert read_bytes("data/d/train_00000.bin") == b"mine"
+
+
+def test_overwriting_removes_what_the_manifest_names_and_no_more(prepared):
+    write_bytes("data/d/notes.txt", b"mine")
+    prepare.prepare(configure("--overwrite", "--max_tokens=9000"))
+    assert read_bytes("data/d/notes.txt") == b"mine"
+    read_split("train")  # fails if an older shard is left
+    write_bytes("data/d/val_mine.bin", b"mine")
+    before = folder_bytes("data/d")
+    assert "val_mine.bin belongs to no prep" in refusal(prepare.prepare, configure("--overwrite"))
+    assert folder_bytes("data/d") == before
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../texts", "/tmp", "a/b"])
+def test_a_dataset_is_a_plain_name(workplace, name):
+    assert "expected the plain name" in refusal(prepare.prepare, configure(f"--dataset={name}"))
+
+
+def advice(message):
+    """The arguments of the `python prepare.py` that a message advises."""
+    return shlex.split(re.search(r"run python prepare\.py (.*--overwrite)", message)[1])
+
+
+def test_advice_to_overwrite_keeps_the_users_source(prepared):
+    manifest = read_bytes("data/d/manifest.json")
+    for names in (["--tokenizer=bytes"], ["--tokenizer=bytes", "--block_size=64"], []):
+        message = refusal(train.main, ["--dataset=d", *names])
+        assert {"--source=texts", "--val_fraction=0.2"} < set(advice(message))
+        assert ("--block_size=64" in advice(message)) == ("--block_size=64" in names)
+        assert set(advice(refusal(prepare.main, ["--dataset=d", *names]))) == set(advice(message))
+    assert "--source=gone" in advice(refusal(prepare.main, ["--dataset=d", "--source=gone"]))
+    os.remove("data/d/val_00000.bin")
+    prepare.main(advice(refusal(prepare.read_manifest, settings.load(["--dataset=d"]))))
+    assert read_bytes("data/d/manifest.json") == manifest
+
+
+def interrupt(config, monkeypatch):
+    """Prepare, but stop before the manifest, as a killed process would."""
+    with monkeypatch.context() as context:
+        context.setattr(prepare, "SAVE_SECONDS", 0)
+        context.setattr(prepare, "BATCH_CHARS", 300)
+        context.setattr(prepare, "write_manifest", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare.prepare(config)
+
+
+def test_a_begun_preparation_whose_files_were_damaged_is_refused(workplace, monkeypatch):
+    interrupt(configure(), monkeypatch)
+    for name in ("train_00000.bin", os.path.basename(max(glob.glob("data/d/val_*")))):
+        content = read_bytes(f"data/d/{name}")
+        write_bytes(f"data/d/{name}", content[:2])
+        assert f"{name} has 2 bytes, not " in refusal(prepare.prepare, configure())
+        write_bytes(f"data/d/{name}", content)
+    progress = read_bytes("data/d/progress.json")
+    for damaged in (progress[:99], b"[]", progress.replace(b"blocks", b"bloks")):
+        write_bytes("data/d/progress.json", damaged)
+        expected = "progress.json is damaged: move data/d away, and run python prepare.py --data"
+        assert expected in refusal(prepare.prepare, configure())
+
+
+def test_a_shard_has_a_plain_name_inside_its_folder(prepared):
+    manifest = read_bytes("data/d/manifest.json")
+    for name in (b"../d/train_00000.bin", b"/etc/passwd"):
+        write_bytes("data/d/manifest.json", manifest.replace(b"train_00000.bin", name))
+        assert "is damaged" in refusal(prepare.read_manifest, configure())
+
+
+def test_a_data_set_is_prepared_by_one_process_at_a_time(workplace):
+    os.makedirs("data/d")
+    hold = "import prepare; lock = prepare.locked('data/d/.lock', ''); lock.__enter__(); print(); "
+    command = [sys.executable, "-c", hold + "input()"]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": HERE}, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert "another prepare.py is writing data/d" in refusal(prepare.prepare, configure())
+        other.communicate("\n")
+    prepare.prepare(configure())
+
+
+def test_only_a_full_disk_asks_for_room(workplace, monkeypatch):
+    write_bytes("data", b"")
+    message = refusal(prepare.prepare, configure())
+    assert "cannot write data/d: Not a directory" in message and "room" not in message
+    os.remove("data")
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(prepare, "flush", full)
+    assert "No space left on device; make room" in refusal(prepare.prepare, configure())
+
+
+def prepared_text(split, dataset="d"):
+    """What a split of bytes holds, without its meta-tokens and ends of text."""
+    tokens, after, _ = read_split(split, f"data/{dataset}")
+    tokens = np.append(tokens, after)
+    return tokens[tokens < 256].astype(np.uint8).tobytes()
+
+
+@pytest.mark.parametrize("tokenizer, n_blocks", [("bytes", 5), ("gpt2", 5), ("gpt2", 60)])
+@pytest.mark.parametrize("val_fraction", [0.0005, 0.05, 0.95])
+def test_a_lone_short_text_serves_both_splits(workplace, tokenizer, n_blocks, val_fraction):
+    text = "".join(TEXTS)
+    tokens = gpt2_bpe().encode_ordinary(text) if tokenizer == "gpt2" else list(text.encode())
+    block_size = len(tokens) // n_blocks
+    write_bytes("lone.txt", text.encode())
+    prepare.prepare(settings.load([
+        "--source=lone.txt", "--dataset=d", f"--tokenizer={tokenizer}",
+        f"--val_fraction={val_fraction}", f"--block_size={block_size}"]))
+    manifest = read_split("val")[2]
+    n_val, n_train = (manifest["splits"][split]["text_tokens"] for split in ("val", "train"))
+    share = n_val / (n_val + n_train)
+    assert share > 0.15 if n_blocks == 5 else abs(share - val_fraction) < 0.2
+
+
+def test_the_end_of_a_lone_short_text_is_held_out(workplace):
+    text = "".join(TEXTS).encode().decode("ascii", "ignore").encode()
+    write_bytes("lone.txt", text)
+    prepare.prepare(configure("--source=lone.txt", "--val_fraction=0.05"))
+    cut = len(text) - int(0.05 * len(text))
+    train, val = prepared_text("train"), prepared_text("val")
+    assert text[:cut].startswith(train) and len(train) > cut - 32
+    assert text[cut:].startswith(val) and len(val) > len(text) - cut - 32
+
+
+def test_a_lone_short_text_is_prepared_alike_after_an_interruption(workplace, monkeypatch):
+    monkeypatch.setattr(prepare, "SECTION_CHARS", 1000)
+    write_bytes("lone.txt", "".join(TEXTS).encode())
+    arguments = ["--source=lone.txt", "--val_fraction=1e-6"]
+    prepare.prepare(configure("--dataset=whole", "--workers=2", *arguments))
+    interrupt(configure(*arguments), monkeypatch)
+    prepare.prepare(configure(*arguments))
+    assert folder_bytes("data/d") == folder_bytes("data/whole")
+
+
+@pytest.mark.parametrize("args, fault", [
+    (["--max_tokens=10"], "max_tokens=10"),
+    (["--source=lone.txt"], "the short source=lone.txt"),
+    (["--val_fraction=1e-9"], "val_fraction=1e-09"),
+])
+def test_an_empty_split_names_what_is_at_fault(workplace, args, fault):
+    write_bytes("lone.txt", b"Too short a text.")
+    message = refusal(prepare.prepare, configure(*args))
+    assert message.startswith(f"error: {fault} left the ") and "less than a block" in message
+
+
+def test_a_source_edited_after_an_interruption_is_refused(workplace, monkeypatch):
+    config = configure()
+    interrupt(config, monkeypatch)
+    text = read_bytes("texts/000.txt")
+    write_bytes("texts/000.txt", text.upper())
+    os.utime("texts/000.txt", ns=(1, 1))  # whatever the clock's resolution
+    assert "source=texts was edited since data/d was begun" in refusal(prepare.prepare, config)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be with its mark"])
+def test_a_byte_order_mark_is_no_part_of_the_text(workplace, encoding):
+    codec, _, with_mark = encoding.partition(" ")
+    for name, text in (("a.txt", "É" * 500), ("a.jsonl", json.dumps({"text": "É" * 500}))):
+        text = "\ufeff" * bool(with_mark) + text
+        with open(name, "w", encoding=codec, newline="") as file:
+            file.write(text)
+        *_, pieces = prepare.open_source(configure(f"--source={name}"), {}, prepare.Undecodable())
+        assert "".join(piece.text for piece in pieces) == "É" * 500
+
+
+def test_bytes_that_are_no_text_are_replaced_and_counted(workplace, capsys):
+    from datasets import Dataset
+    line = "a caf\xe9 and many more words, " + "of plain text " * 20
+    write_bytes("latin.txt", "".join(TEXTS * 2).encode() + line.encode("latin-1") * 20)
+    rows = [{"text": f"{i} {line}".encode("latin-1")} for i in range(50)]
+    Dataset.from_list(rows).to_parquet("bytes.parquet")
+    for source in ("latin.txt", "bytes.parquet"):
+        prepare.prepare(configure(f"--source={source}", "--overwrite", "--val_fraction=0.5"))
+        warnings = re.findall(r"warning: (.*): 0.*% of its characters", capsys.readouterr().err)
+        assert warnings == [source]
+        assert "a caf\ufffd and".encode() in prepared_text("train") + prepared_text("val")
+    write_bytes("latin.txt", "d\xe9j\xe0 vu ".encode("latin-1") * 500)
+    message = refusal(prepare.prepare, configure("--source=latin.txt", "--dataset=new"))
+    assert "cannot read latin.txt: 25% of its characters are no UTF-8" in message
+    assert not os.path.exists("data/new/manifest.json")
+
+
+def rows_with_nulls(name):
+    from datasets import Dataset
+    rows = [{"body": text if i % 9 else None, "n": i} for i, text in enumerate(TEXTS)]
+    if name.endswith(".parquet"):
+        Dataset.from_list(rows).to_parquet(name)
+    else:
+        with open(name, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return rows
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "some/set"])
+def test_rows_without_text_are_skipped_and_counted(workplace, monkeypatch, capsys, name):
+    rows = rows_with_nulls("rows.parquet" if "/" in name else name)
+    monkeypatch.setattr(prepare, "hub_rows", lambda source, revision, skip: iter(rows[skip:]))
+    monkeypatch.setattr(prepare, "newest_revision", lambda source: "first")
+    arguments = [f"--source={name}", "--text_field=body"]
+    prepare.prepare(configure("--dataset=whole", *arguments))
+    assert "14 rows without text were skipped" in capsys.readouterr().out
+    manifest = read_split("train", "data/whole")[2]
+    assert (manifest["documents"], manifest["skipped_rows"]) == (106, 14)
+    interrupt(configure(*arguments), monkeypatch)
+    prepare.prepare(configure(*arguments))
+    assert "going on behind 106 documents" in capsys.readouterr().out
+    assert folder_bytes("data/d") == folder_bytes("data/whole")
+    message = refusal(prepare.prepare, configure(f"--source={name}", "--dataset=new"))
+    assert "row 1 has no text in 'text'" in message
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", " \n"])
+def test_a_million_blanks_are_cut_where_it_changes_nothing(blank):
+    tokenise = prepare.Tokeniser(gpt2_bpe(), 0.5)
+    text = f"one{blank * (600_000 // len(blank))} two"
+    whole = tokenise.encoding.encode_ordinary(text)
+    tokenise.encoding = SimpleNamespace(encode_to_numpy=refuse_long(tokenise.encoding))
+    parts = tokenise.encode(text)
+    assert len(parts) > 1 and np.concatenate(parts).tolist() == whole
+    tokenise = prepare.Tokeniser(gpt2_bpe(), 0.5)
+    tokens = np.concatenate(tokenise.encode("one" + blank * 1_500_000 + " two"))
+    assert tokenise.encoding.decode(tokens.tolist()) == "one" + blank * 1_500_000 + " two"
+
+
+def refuse_long(encoding):
+    """encode_to_numpy, which fails above 599,000 characters, as tiktoken does later."""
+    def encode(text, **options):
+        if len(text) > 599_000:
+            raise ValueError("Max stack size exceeded")
+        return encoding.encode_to_numpy(text, **options)
+    return encode
+
+
+def test_endings_are_known_in_either_case_and_zipped(workplace):
+    os.makedirs("many")
+    write_bytes("many/A.TXT", b"text A")
+    write_bytes("many/b.txt.gz", gzip.compress(b"text b"))
+    write_bytes("many/c.json", b'{"text": "text c"}')
+    write_bytes("many/d.Jsonl.GZ", gzip.compress(b'{"text": "text d"}'))
+    write_bytes("many/e.pdf", b"none")
+    write_bytes("many/._f.txt", b"none")
+    os.makedirs("many/.git")
+    write_bytes("many/.git/g.txt", b"none")
+    *_, pieces = prepare.open_source(configure("--source=many"), {}, prepare.Undecodable())
+    assert [piece.text for piece in pieces] == ["text A", "text b", "text c", "text d"]
+
+
+def test_linked_folders_are_read_once(workplace):
+    before = prepare.find_files("texts")
+    os.symlink("..", "texts/deep/loop")
+    assert prepare.find_files("texts") == before
+    assert len(prepare.find_files("texts/**")) == len(before)
+    os.symlink("deep", "texts/a_link")
+    assert prepare.find_files("texts") == before
+    os.makedirs("elsewhere")
+    write_bytes("elsewhere/new.txt", b"new")
+    os.symlink("../elsewhere", "texts/b_link")
+    os.symlink("../../elsewhere", "texts/deep/c_link")
+    assert prepare.find_files("texts") == sorted([*before, ("b_link/new.txt",
+                                                            "texts/b_link/new.txt")])
+
+
+def test_a_dangling_link_is_named(workplace):
+    os.symlink("nowhere", "texts/gone.txt")
+    for source in ("texts", "texts/*", "texts/**"):
+        message = refusal(prepare.prepare, configure(f"--source={source}"))
+        assert "cannot read texts/gone.txt: No such file" in message
 
 
 def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
@@ -1942,11 +2230,6 @@ def test_micro_batches_that_the_processes_cannot_share_are_refused():
 def test_impossible_runs_are_refused_in_one_line(prepared, args, expected):
     assert expected in refusal(train.main, [*SMALL, *args])
     assert not os.path.exists("out")
-
-
-def write_bytes(path, content):
-    with open(path, "wb") as file:
-        file.write(content)
 
 
 def test_damaged_shards_are_refused_in_one_line(prepared):
