@@ -170,21 +170,29 @@ def label_of(checkpoint, path):
     return checkpoint["settings"].get("label") or checkpoints.stem(path)
 
 
-def open_readers(subject):
-    """(readers, length): the model that is looked into, then those of --compare=.
+def open_models(subject):
+    """{label: (model, checkpoint)}: the model that is looked into, then --compare='s.
 
-    All read the same prompts of up to `length` tokens, each with the marks that it was
-    tuned on. Raises ValueError if they cannot.
+    Raises ValueError if one cannot be loaded, or two have one label.
     """
-    config = subject.config
     opened = {subject.label: (subject.model, subject.checkpoint)}
-    for path in filter(None, config.compare.split(",")):
+    for path in filter(None, subject.config.compare.split(",")):
         checkpoint = checkpoints.load(path)
         label = label_of(checkpoint, path)
         if label in opened:
             raise ValueError(f"two models of one name, {label}: rename a file, or tune with "
                              "another --label=")
         opened[label] = checkpoints.build(checkpoint).to(subject.device).eval(), checkpoint
+    return opened
+
+
+def open_readers(subject):
+    """(readers, length): the model that is looked into, then those of --compare=.
+
+    All read the same prompts of up to `length` tokens, each with the marks that it was
+    tuned on. Raises ValueError if they cannot.
+    """
+    config, opened = subject.config, open_models(subject)
     readers, lengths = [], set()
     for label, (model, checkpoint) in opened.items():
         untuned = {"train_length": None, "stream": {
