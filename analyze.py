@@ -4,6 +4,7 @@
     python analyze.py --init_from=out --what=sharpening,residual,perplexity
     python analyze.py --init_from=out --what=attention --start="def main("
     python analyze.py --init_from=out/a.pt --what=rate_distortion --compare=out/b.pt
+    python analyze.py --init_from=out/plain --what=recall --compare=out/meta
 
 Each part prints a line and writes <part>.json and <part>.png: to out/analysis/ for the
 checkpoint out, to out/analysis/best/ for out/best.pt, or to <out_dir>/analysis/ if
@@ -17,7 +18,7 @@ import os
 import shlex
 import sys
 from concurrent.futures import BrokenExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import config as settings
 import checkpoint as checkpoints
@@ -26,8 +27,15 @@ import prepare
 import sample
 import train
 from machine import pick_device
-from model import rotate
-from rate_distortion import batches_of, inputs_of, joined, label_of, rate_distortion
+from model import GPT, rotate
+from rate_distortion import (
+    batches_of,
+    inputs_of,
+    joined,
+    label_of,
+    open_models,
+    rate_distortion,
+)
 
 import numpy as np
 import torch
@@ -524,6 +532,189 @@ def perplexity(subject):
 
 
 # --------------------------------------------------------------------------------------
+# 6. Recall in natural text: what does a bigram cost that has occurred before, by its
+# distance ("associative recall hits": Zoology, Arora et al. 2023, arXiv 2312.04927)?
+
+FIRST_COUNTED = 64                   # the text tokens before it have little to recall
+MAX_LINES = 5                        # of a figure that one can still read
+
+
+@dataclass
+class Reading:
+    """A model, and how many meta-tokens stand among the text of a window."""
+    model: GPT
+    n_meta: int
+    placement: str
+
+
+def text_per_window(readings):
+    """W = T - M of the first model with meta-tokens.
+
+    Without any, as if the first model had the paper's share of them.
+    """
+    for reading in readings:
+        if reading.n_meta > 0:
+            return reading.model.config.block_size - reading.n_meta
+    T = readings[0].model.config.block_size
+    return T - prepare.meta_per_block(settings.Config.meta_rate, T)
+
+
+def open_readings(subject):
+    """(W, {name: Reading}): text tokens in a window, and the models that read it.
+
+    Models with meta-tokens are there twice, at the end without them. Raises ValueError
+    if the models cannot read the same windows.
+    """
+    config, readings, without = subject.config, {}, {}
+    for label, (model, checkpoint) in open_models(subject).items():
+        saved, n_meta = checkpoint["settings"], 0
+        if saved["tokenizer"] != config.tokenizer:
+            raise ValueError(f"{label} reads tokens of {saved['tokenizer']}, but {subject.label} "
+                             f"of {config.tokenizer}: compare models of one tokenizer")
+        if model.config.meta_id is not None:
+            rate = saved.get("meta_rate", config.meta_rate)
+            n_meta = prepare.meta_per_block(rate, model.config.block_size)
+        readings[label] = Reading(model, n_meta, saved.get("meta_placement", "random"))
+        if n_meta > 0:
+            without[f"{label}, no meta-tokens"] = Reading(model, 0, "random")
+    W = text_per_window(list(readings.values()))
+    for label, reading in readings.items():
+        T, M = reading.model.config.block_size, reading.n_meta
+        reading.n_meta = round(W * M / (T - M))  # as dense as in its own window
+        if W + reading.n_meta > T:
+            raise ValueError(f"{label} has a window of {T} tokens, too few for {W} text tokens "
+                             f"and {reading.n_meta} meta-tokens")
+    return W, readings | without
+
+
+def read_windows(subject, W):
+    """analysis_blocks windows of validation text, spread evenly over it: (n, W).
+
+    Without the meta-tokens, a block's text goes on in the next block.
+    """
+    blocks, config = subject.blocks, subject.config
+    n_text = len(blocks) * blocks.text_per_block
+    if W <= FIRST_COUNTED or n_text < 2 * W:
+        raise config.error(
+            f"recall needs two windows of more than {FIRST_COUNTED} text tokens, but they have "
+            f"{W}, and {prepare.folder_of(config.dataset)} has {n_text} to validate on")
+    windows = []
+    numbers = np.linspace(0, n_text // W - 1, config.analysis_blocks)
+    for start in W * np.unique(numbers.astype(int)):
+        first, skip = divmod(start, blocks.text_per_block)
+        stop = first + math.ceil((skip + W) / blocks.text_per_block)
+        tokens = blocks.batch(range(first, stop))[0].flatten().numpy()
+        windows.append(tokens[tokens != blocks.meta_id][skip:skip + W])
+    return np.stack(windows)
+
+
+def distances_of(window):
+    """How far back each bigram of W tokens occurred last; 0: never. (W - 1,)"""
+    seen, distances = {}, []
+    for place, bigram in enumerate(zip(window, window[1:])):
+        distances.append(place - seen.get(bigram, place))
+        seen[bigram] = place
+    return distances
+
+
+def losses_of(reading, text, seed, name):
+    """The loss of each text token but a window's first: (n, W) -> (n, W - 1).
+
+    Models with equally many meta-tokens have them at the same places.
+    """
+    (n, W), model, losses = text.shape, reading.model, []
+    length, rng = W + reading.n_meta, np.random.default_rng(seed)
+    places = prepare.meta_places(n, length, reading.n_meta, rng, reading.placement)
+    tokens = text
+    if reading.n_meta > 0:
+        tokens = prepare.inject(text.flatten(), places, model.config.meta_id)
+    tokens = torch.from_numpy(tokens).to(model.lm_head.weight.device)      # (n, length)
+    for own in tqdm(batches_of(tokens, length), desc=name, leave=False):
+        losses.append(text_losses(model, own[:, :-1], own[:, 1:]).cpu())
+    return torch.cat(losses).double().numpy()[~places[:, 1:]].reshape(n, W - 1)
+
+
+def ratio(sums, counts):
+    """Means of all tokens, from the sums and counts of each window, (n, classes) both.
+
+    95% intervals by the delta method for a ratio of two means: windows count as
+    independent, the tokens of one do not.
+    """
+    n, total = len(sums), counts.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = sums.sum(0) / total
+        variance = ((sums - mean * counts)**2).sum(0) / total**2
+        half = 1.96 * np.sqrt(variance * np.divide(n, n - 1))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def measure_recall(subject):
+    """The findings: loss by class of distance, and each model's minus the first's."""
+    W, readings = subject.config.checked(open_readings, subject)
+    text = read_windows(subject, W)                                        # (n, W)
+    edges = [1, *(2**i for i in range(5, 40) if 2**i < W - 1), W - 1]
+    names = ["new", *(f"{low}-{high - 1}" for low, high in zip(edges, edges[1:]))]
+    distances = np.array([distances_of(window) for window in text.tolist()])
+    counted = slice(FIRST_COUNTED - 1, None)  # of W - 1: a window's first token has no loss
+    classes = np.digitize(distances[:, counted], edges)  # 0: new
+    is_class = classes == np.arange(len(names))[:, None, None]             # (classes, n, tokens)
+    counts, sums = is_class.sum(-1).T, {}                                  # (n, classes)
+    for name, reading in readings.items():
+        losses = losses_of(reading, text, subject.config.seed, name)[:, counted]
+        sums[name] = (losses * is_class).sum(-1).T                         # (n, classes)
+    found, minus_first = {}, {}
+    for name, own in sums.items():
+        found[name] = ratio(own, counts)
+        if name != subject.label:
+            minus_first[name] = ratio(own - sums[subject.label], counts)
+    return {"windows": len(text), "text_per_window": W, "classes": names,
+            "tokens": counts.sum(0), "loss": found, "minus_first": minus_first}
+
+
+def draw_recall(findings):
+    """Differences to the first model by class, or the loss of a model that is alone."""
+    first, names = next(iter(findings["loss"])), findings["classes"]
+    curves, title = findings["minus_first"], f"Loss of {first} by distance"
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    ax = figure.subplots()
+    ax.set_ylabel(f"loss minus that of {first} (nats per text token)")
+    if curves:
+        other, curve = next(iter(curves.items()))
+        title = (f"Loss of {other} minus that of {first}:\n{text_of(curve, 0)} on new bigrams,\n"
+                 f"{text_of(curve, -1)} on those last seen {names[-1]} tokens before")
+        ax.axhline(0, color="gray", linewidth=1)
+    else:
+        curves = findings["loss"]
+        ax.set_ylabel("loss (nats per text token)")
+    for i, (name, curve) in enumerate(list(curves.items())[:MAX_LINES]):
+        x = np.arange(len(names)) + 0.08 * i  # side by side
+        ax.errorbar(x, curve["mean"], curve["high"] - curve["mean"], fmt="o", capsize=3,
+                    color=f"C{i}", label=name)
+        ax.plot(x[1:], curve["mean"][1:], color=f"C{i}")
+    shares = 100 * findings["tokens"] / findings["tokens"].sum()
+    ticks = [f"{name}\n{share:.0f}%" for name, share in zip(names, shares)]
+    ax.set_xticks(range(len(names)), labels=ticks)
+    ax.set_title(title, fontsize="medium")
+    ax.set_xlabel("text tokens since the bigram occurred last, and share of the text\n"
+                  f"({findings['windows']} windows of {findings['text_per_window']} text tokens, "
+                  "95% intervals over windows)")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize="small")
+    return figure
+
+
+def recall(subject):
+    findings = measure_recall(subject)
+    found, far = findings["loss"][subject.label], findings["classes"][-1]
+    said = [f"{subject.label} {text_of(found, -1)} and {text_of(found, 0)}"]
+    for name, difference in findings["minus_first"].items():
+        said.append(f"{name}, minus that: {text_of(difference, -1)} and {text_of(difference, 0)}")
+    return findings, draw_recall(findings), (
+        f"loss of bigrams last seen {far} text tokens before, and of new ones (nats per text "
+        f"token): {'; '.join(said)}")
+
+
+# --------------------------------------------------------------------------------------
 # Figures
 
 def heat_map(ax, values, label, limits=None, cmap="RdBu_r"):
@@ -563,7 +754,7 @@ def names_of(encoding, tokens):
 # The script. A part maps a Subject to (findings, figure, one-line summary)
 
 PARTS = {part.__name__: part
-         for part in (sharpening, residual, attention, rate_distortion, perplexity)}
+         for part in (sharpening, residual, attention, rate_distortion, perplexity, recall)}
 NEED_META = {"sharpening", "residual", "attention"}
 DATA = ("dataset", "source", "text_field", "val_fraction", "max_tokens")
 HELP = (settings.Analysis, "init_from", "out_dir", "dataset", "start", "train_length", "label",
@@ -588,15 +779,16 @@ class Subject:
         has_meta = self.model.config.meta_id is not None
         lacking = [name for name in names if name in NEED_META and not has_meta]
         if lacking:
+            allowed = ",".join(name for name in PARTS if name not in NEED_META)
             raise config.error(
                 f"what={config.what}: {', '.join(lacking)}: the checkpoint has no meta-tokens; "
-                "it allows --what=rate_distortion,perplexity")
+                f"it allows --what={allowed}")
         config.remember(self.checkpoint["settings"], ("meta_rate", "meta_placement"))
         if not config.given("dataset"):
             config.remember(self.checkpoint["settings"], DATA)
         # Tuning makes a model forget plain text, so rate_distortion then reads none
         self.reads_plain_text = has_meta and "run" not in self.checkpoint
-        needs_data = {"sharpening", "residual", "perplexity"}
+        needs_data = {"sharpening", "residual", "perplexity", "recall"}
         if not config.given("start"):
             needs_data.add("attention")
         if self.reads_plain_text:
