@@ -5,6 +5,7 @@
     python analyze.py --init_from=out --what=attention --start="def main("
     python analyze.py --init_from=out/a.pt --what=rate_distortion --compare=out/b.pt
     python analyze.py --init_from=out/a.pt --what=cache --compare=out/b.pt,out/c.pt
+    python analyze.py --init_from=out/plain --what=recall --compare=out/meta
 
 Each part prints a line and writes <part>.json and <part>.png: to out/analysis/ for the
 checkpoint out, to out/analysis/best/ for out/best.pt, or to <out_dir>/analysis/ if
@@ -15,10 +16,9 @@ Shapes: B sequences, T tokens, M meta-tokens, L layers, C width, nh heads of siz
 """
 import math
 import os
-import re
 import shlex
 import sys
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor
 from dataclasses import asdict
 
 import config as settings
@@ -29,15 +29,8 @@ import sample
 import train
 from machine import pick_device
 from model import rotate
-from rate_distortion import (
-    Reader,
-    batches_of,
-    inputs_of,
-    joined,
-    label_of,
-    open_models,
-    rate_distortion,
-)
+from rate_distortion import batches_of, inputs_of, joined, label_of, rate_distortion
+from recall import cache, recall, text_losses, text_of
 
 import numpy as np
 import torch
@@ -46,7 +39,7 @@ from matplotlib.figure import Figure
 from torch.nn import functional as F
 from tqdm import tqdm
 
-NUMBERS = 1 << 24                    # attention scores, or logits, held at once: 64 MB
+NUMBERS = 1 << 24                    # attention scores held at once: 64 MB
 MAX_SHOWN = 128                      # tokens of a map that one can still read
 COLORS = {"meta": "C3", "text": "C0"}
 
@@ -98,12 +91,6 @@ def estimate(values):
         mean = np.nansum(values, 0) / n
         half = 1.96 * np.sqrt(np.nansum((values - mean)**2, 0) / (n - 1) / n)
     return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
-def text_of(found, *place):
-    """An estimate as text; place: its index, if there are several."""
-    mean, high = found["mean"][place], found["high"][place]
-    return f"{mean:.3f} ± {high - mean:.3f}"
 
 
 def for_json(value):
@@ -425,17 +412,6 @@ def attention(subject):
 # 4. Rate-distortion: in rate_distortion.py
 # 5. Perplexity over length: does the model use far context?
 
-@torch.no_grad()
-def text_losses(model, idx, targets):
-    """Cross-entropy of each text target in nats: (B, T), NaN at meta-tokens."""
-    rows = max(NUMBERS // model.config.vocab_size, 1)
-    states, losses = model.hidden_states(idx).flatten(0, 1), []            # (B T, C)
-    for h, y in zip(states.split(rows), targets.flatten().split(rows)):
-        losses.append(F.cross_entropy(model.lm_head(h), y, reduction="none"))
-    is_meta = targets == (-1 if model.config.meta_id is None else model.config.meta_id)
-    return torch.cat(losses).view(targets.shape).masked_fill(is_meta, math.nan)
-
-
 def variants(c, lengths):
     """{name: {length: changes of the model's config c}}.
 
@@ -535,189 +511,6 @@ def perplexity(subject):
 
 
 # --------------------------------------------------------------------------------------
-# 6. Caching, the causal test: if a mark stores the text before it (paper, section 5),
-# the answer survives when that text is hidden. As in gist masking (Mu et al., arXiv
-# 2304.08467), queries from the question on see only some of the keys before it; but the
-# model was not trained so. All else stays as it is: attention before the question, and
-# meta-attention. So in List Recall the mark behind "Answer:" still sees earlier marks
-# by meta-attention, even under "nothing".
-
-# The keys before the question that are visible, besides the first token. It always is,
-# because models rest attention there that they have no use for. It has seen nothing but
-# itself, so it cannot tell the answer.
-CONDITIONS = {"everything": "all keys", "nothing": "none", "marks alone": "all marks",
-              "random text": "as many random text tokens as there are marks",
-              "queried unit": "the unit that the question is about, marks included"}
-
-
-class Restriction:
-    """Stands for a KVCache: gives attention a mask, and keeps nothing."""
-
-    def __init__(self, is_before, is_visible):
-        """bool (B, T): the queries that see all earlier keys, the keys others see."""
-        T = is_before.size(1)
-        is_causal = torch.ones(T, T, dtype=torch.bool, device=is_before.device).tril()
-        mask = is_causal & (is_before.unsqueeze(2) | is_visible.unsqueeze(1))  # (B, T, T)
-        self.mask = mask.unsqueeze(1)                                      # (B, 1, T, T)
-
-    def advance(self, is_real):
-        return torch.arange(is_real.size(1), device=is_real.device)        # (T,)
-
-    def update(self, layer, k, v):
-        return k, v, self.mask
-
-
-def find_question(example, stream):
-    """Which of an example's n tokens stand before the question, and which in the unit
-    that it is about, marks included: bool (n,) each.
-    """
-    prompt, encoding = example.prompt, eval_synthetic.get_encoding(stream.tokenizer)
-    question = prompt.rindex("\n") + 1  # the last line; each unit is a line, too
-    name = re.search(r"(\w+)\?", prompt[question:])[1]
-    unit = re.search(rf"^\w+ {name}: .*\n", prompt, re.MULTILINE)
-    sizes = [0 if token == stream.mark else len(encoding.decode_single_token_bytes(token))
-             for token in example.tokens]
-    starts = np.cumsum(sizes) - sizes  # where in the text each token begins
-    return starts < question, (starts >= unit.start()) & (starts < unit.end())
-
-
-def visible_keys(example, stream, rng):
-    """{condition: the keys visible from the question on, bool (n,)}, and is_before."""
-    is_before, is_in_unit = find_question(example, stream)
-    is_mark = is_before & (example.tokens == stream.mark)
-    text = np.flatnonzero(is_before & ~is_mark)[1:]  # behind the first token
-    is_drawn = np.zeros_like(is_mark)
-    is_drawn[rng.choice(text, is_mark.sum(), replace=False)] = True
-    always = ~is_before
-    always[0] = True
-    keys = [is_before, np.zeros_like(is_mark), is_mark, is_drawn, is_in_unit]
-    return {name: always | own for name, own in zip(CONDITIONS, keys)}, is_before
-
-
-def stack(rows, T, device):
-    """bool (n,) of several examples -> (B, T)"""
-    return torch.stack([F.pad(torch.from_numpy(row), (0, T))[:T] for row in rows]).to(device)
-
-
-@torch.no_grad()
-def right_answers(reader, examples, length, device, seed):
-    """{condition: which answers are right in every token, bool (n,)}
-
-    As in eval_synthetic.measure, the right tokens stand before each that is predicted.
-    """
-    model, right = reader.model, {condition: [] for condition in CONDITIONS}
-    rng = np.random.default_rng(seed)  # every model gets the same random text tokens
-    for batch in tqdm(batches_of(examples, length), desc=reader.label, leave=False):
-        x, at, y = eval_synthetic.collate(batch, length)                   # (B, T), (B, A) twice
-        keys, is_before = zip(*[visible_keys(example, reader.stream, rng) for example in batch])
-        is_before = stack(is_before, x.size(1), device)                    # (B, T)
-        for condition in CONDITIONS:
-            is_visible = stack([own[condition] for own in keys], x.size(1), device)
-            caches = Restriction(is_before, is_visible), None  # None: of meta-attention
-            states = eval_synthetic.answer_states(model, x, at, device, caches)
-            logits = model.lm_head(states)[..., :model.config.text_vocab_size]  # (B, A, V)
-            is_right = logits.argmax(-1).cpu() == y
-            right[condition].append((is_right | (y < 0)).all(1))           # y < 0: padding
-    return {condition: torch.cat(batches).numpy() for condition, batches in right.items()}
-
-
-def open_tuned(subject):
-    """(readers, length): models tuned on the same examples, of up to `length` tokens.
-
-    Raises ValueError if they were not, or if they have no marks.
-    """
-    readers, tuned_on = [], set()
-    for label, (model, checkpoint) in open_models(subject).items():
-        if "run" not in checkpoint:
-            raise ValueError(f"cache needs models tuned by eval_synthetic.py, which {label} is not")
-        run = checkpoint["run"]
-        stream, length = eval_synthetic.Stream(**run["stream"]), run["train_length"]
-        if stream.mark is None:
-            raise ValueError(f"cache needs marks, but {label} was tuned without")
-        readers.append(Reader(model, label, stream))
-        tuned_on.add(f"{stream.task}, placement {stream.placement}, tokenizer {stream.tokenizer}, "
-                     f"{length} tokens")
-    if len(tuned_on) > 1:
-        raise ValueError(f"tuned on different examples: {'; '.join(sorted(tuned_on))}")
-    return readers, length
-
-
-def lengths_of(config, readers, train_length):
-    """The length of tuning, then other ones in --eval_lengths=, if that is given."""
-    lengths, task = [train_length], readers[0].stream.task
-    if config.given("eval_lengths"):
-        lengths += config.numbers("eval_lengths", int, "lengths in tokens, such as 128,256,512")
-    encoding = eval_synthetic.get_encoding(readers[0].stream.tokenizer)
-    shortest = eval_synthetic.min_length(task, encoding)
-    if min(lengths) < shortest:
-        raise config.error(f"eval_lengths={config.eval_lengths}: {task} needs {shortest} tokens")
-    for c in [reader.model.config for reader in readers]:
-        if c.pos == "absolute" and max(lengths) > c.block_size:
-            raise config.error(f"eval_lengths={config.eval_lengths}, but learned positions end at "
-                               f"{c.block_size}")
-    return list(dict.fromkeys(lengths))
-
-
-def share_of(right):
-    """Exact match, with its 95% interval."""
-    low, high = eval_synthetic.wilson(int(right.sum()), len(right))
-    return {"exact": right.mean(), "low": low, "high": high}
-
-
-def measure_cache(subject):
-    """The findings: exact match by length, model and condition."""
-    config = subject.config
-    readers, train_length = config.checked(open_tuned, subject)
-    by_length, workers = {}, config.workers or min(prepare.cores(), 4)
-    with ProcessPoolExecutor(workers, initializer=eval_synthetic.start_worker) as pool:
-        for length in lengths_of(config, readers, train_length):
-            models = {}
-            for reader in readers:
-                examples = eval_synthetic.draw_split(
-                    pool, reader.stream, "test", length, config.test_examples)
-                right = right_answers(reader, examples, length, subject.device, config.seed)
-                models[reader.label] = {name: share_of(own) for name, own in right.items()}
-            by_length[length] = eval_synthetic.facts(examples) | {"models": models}
-    return {"task": readers[0].stream.task, "placement": readers[0].stream.placement,
-            "train_length": train_length, "conditions": CONDITIONS, "by_length": by_length}
-
-
-def draw_cache(findings):
-    """Exact match by condition: a panel for each length, a colour for each model."""
-    by_length, places = findings["by_length"], np.arange(len(CONDITIONS))
-    figure = Figure(figsize=(7, 1 + 3 * len(by_length)), layout="constrained")
-    figure.suptitle(f"{findings['task']}, placement {findings['placement']}: what attention sees,\n"
-                    "from the question on, of the tokens before it")
-    axes = figure.subplots(len(by_length), 1, squeeze=False)[:, 0]
-    for ax, (length, own) in zip(axes, by_length.items()):
-        for i, (label, found) in enumerate(own["models"].items()):
-            low, exact, high = (100 * np.array([point[name] for point in found.values()])
-                                for name in ("low", "exact", "high"))
-            shifted = places + 0.15 * (i - (len(own["models"]) - 1) / 2)
-            ax.vlines(shifted, low, high, color=f"C{i}")
-            ax.plot(shifted, exact, "o", color=f"C{i}", label=label)
-        ax.axhline(100 * own["chance"], color="gray", linestyle=":", label="chance")
-        ax.set_xticks(places, labels=CONDITIONS)
-        ax.set(title=f"up to {length} tokens; {own['n']:,} test examples, 95% intervals",
-               ylim=(-4, 104), ylabel="exact match (%)")
-        ax.grid(axis="y", alpha=0.3)
-    axes[0].legend(fontsize="small")
-    return figure
-
-
-def cache(subject):
-    findings = measure_cache(subject)
-    length = findings["train_length"]
-    own, said = findings["by_length"][length], []
-    for label, found in own["models"].items():
-        shares = [f"{name} {100 * point['exact']:.1f}%" for name, point in found.items()]
-        said.append(f"{label}: {', '.join(shares)}")
-    return findings, draw_cache(findings), (
-        f"exact match in up to {length} tokens, by what the question sees (chance "
-        f"{100 * own['chance']:.1f}%). {'; '.join(said)}")
-
-
-# --------------------------------------------------------------------------------------
 # Figures
 
 def heat_map(ax, values, label, limits=None, cmap="RdBu_r"):
@@ -757,7 +550,8 @@ def names_of(encoding, tokens):
 # The script. A part maps a Subject to (findings, figure, one-line summary)
 
 PARTS = {part.__name__: part
-         for part in (sharpening, residual, attention, rate_distortion, perplexity, cache)}
+         for part in (sharpening, residual, attention, rate_distortion, perplexity, recall,
+                      cache)}
 NEED_META = {"sharpening", "residual", "attention"}
 DATA = ("dataset", "source", "text_field", "val_fraction", "max_tokens")
 HELP = (settings.Analysis, "init_from", "out_dir", "dataset", "start", "train_length",
@@ -779,21 +573,24 @@ class Subject:
         self.folder = folder_of(config, self.path)
         self.encoding = prepare.get_tokenizer(config.tokenizer)
         self.data = self.blocks = None
-        if config.what == "all" and "run" not in self.checkpoint:
-            names = [name for name in names if name != "cache"]  # it needs a tuned model
+        is_tuned = "run" in self.checkpoint
+        possible = [name for name in PARTS if name != "cache" or is_tuned]
+        if config.what == "all":
+            names = possible
         self.names = names
         has_meta = self.model.config.meta_id is not None
         lacking = [name for name in names if name in NEED_META and not has_meta]
         if lacking:
+            allowed = ",".join(name for name in possible if name not in NEED_META)
             raise config.error(
                 f"what={config.what}: {', '.join(lacking)}: the checkpoint has no meta-tokens; "
-                "it allows --what=rate_distortion,perplexity")
+                f"it allows --what={allowed}")
         config.remember(self.checkpoint["settings"], ("meta_rate", "meta_placement"))
         if not config.given("dataset"):
             config.remember(self.checkpoint["settings"], DATA)
         # Tuning makes a model forget plain text, so rate_distortion then reads none
-        self.reads_plain_text = has_meta and "run" not in self.checkpoint
-        needs_data = {"sharpening", "residual", "perplexity"}
+        self.reads_plain_text = has_meta and not is_tuned
+        needs_data = {"sharpening", "residual", "perplexity", "recall"}
         if not config.given("start"):
             needs_data.add("attention")
         if self.reads_plain_text:

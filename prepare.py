@@ -553,7 +553,7 @@ def prepare(config):
     try:
         os.makedirs(folder, exist_ok=True)
         complete = os.path.exists(f"{folder}/manifest.json") and not config.overwrite
-        with nullcontext() if complete else locked(f"{folder}/.lock", busy):
+        with nullcontext() if complete else lock(f"{folder}/.lock", busy):
             write_data(config, folder)
     except SourceError as e:
         raise config.error(e) from None

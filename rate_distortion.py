@@ -171,9 +171,9 @@ def label_of(checkpoint, path):
 
 
 def open_models(subject):
-    """{label: (model, checkpoint)}: what is looked into, then those of --compare=.
+    """{label: (model, checkpoint)}: the model that is looked into, then --compare='s.
 
-    Raises ValueError if two have one label.
+    Raises ValueError if one cannot be loaded, or two have one label.
     """
     opened = {subject.label: (subject.model, subject.checkpoint)}
     for path in filter(None, subject.config.compare.split(",")):

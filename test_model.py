@@ -29,6 +29,7 @@ import checkpoint
 import eval_synthetic
 import prepare
 import rate_distortion
+import recall
 import sample
 import train
 from machine import Machine
@@ -3359,8 +3360,8 @@ def test_losses_are_the_models_own(monkeypatch):
     model, idx = build(), text_with_meta((4, 7), T=40)
     x, y = idx[:, :-1], idx[:, 1:]
     for numbers in (1 << 24, 1000):  # all logits at once, and in chunks
-        monkeypatch.setattr(analyze, "NUMBERS", numbers)
-        losses = analyze.text_losses(model, x, y)
+        monkeypatch.setattr(recall, "NUMBERS", numbers)
+        losses = recall.text_losses(model, x, y)
         assert torch.equal(losses.isnan(), y == META)
         assert losses.nanmean().item() == pytest.approx(model(x, y)[1].item())
 
@@ -3439,9 +3440,9 @@ def test_no_part_of_the_analysis_takes_a_text_for_a_formula(looked_into, monkeyp
     drawn = texts_of_figures(monkeypatch)
     analyze.main([*LOOK, "--label=a$b_$c"])
     analyze.main([*LOOK, "--what=attention", "--start=$x_$ and more"])
-    rest = {text.removesuffix("within a$b_$c") for text in drawn if "$" in text}
-    assert rest == {"$", "a$b_$c", "Plain text: the next text token, ",
-                    "List Recall: the answer, from far before it, "}
+    with_dollars = {text for text in drawn if "$" in text}
+    assert {"$", "a$b_$c"} <= with_dollars
+    assert all("a$b_$c" in text for text in with_dollars - {"$"})
 
 
 def result_of(name, folder="out/analysis"):
@@ -3471,9 +3472,9 @@ def test_attention_on_meta_tokens_is_measured_behind_the_first(looked_into):
 
 @pytest.mark.parametrize("args, expected", [
     (["--what=sharpness"], "what=sharpness: no part sharpness; there are sharpening, residual, "
-     "attention, rate_distortion, perplexity, cache"),
+     "attention, rate_distortion, perplexity, recall, cache"),
     (["--init_from=plain.pt"], "sharpening, residual, attention: the checkpoint has no "
-     "meta-tokens; it allows --what=rate_distortion,perplexity"),
+     "meta-tokens; it allows --what=rate_distortion,perplexity,recall"),
     (["--init_from=plain.pt", "--what=perplexity"],
      "data/d has 19 meta-tokens a block, but the checkpoint was trained without them"),
     (["--dataset=nothing"], "no data in data/nothing: run python prepare.py"),
@@ -3501,6 +3502,13 @@ def test_attention_on_meta_tokens_is_measured_behind_the_first(looked_into):
      "eval_lengths=128, but learned positions end at 96"),
     (["--what=perplexity", "--block_size=9999"],
      "two sequences of four windows (block_size=9999) need"),
+    (["--what=recall", "--compare=bpe.pt"],
+     "bpe reads tokens of gpt2, but out of bytes: compare models of one tokenizer"),
+    (["--what=recall", "--compare=short.pt"],
+     "short has a window of 90 tokens, too few for 77 text tokens and 19 meta-tokens"),
+    (["--what=recall", "--block_size=80"], "two windows of more than 64 text tokens, but they "
+     "have 64, and data/d has"),
+    (["--what=recall", "--block_size=9999"], "text tokens, but they have 7999, and data/d has"),
     (["--init_from=nowhere"], "no checkpoint nowhere"),
     (["--analysis_blocks=0"], "analysis_blocks=0 must be positive"),
 ])
@@ -3511,6 +3519,8 @@ def test_what_cannot_be_looked_into_is_refused_in_one_line(looked_into, args, ex
     save_tuned("parity.pt", task="parity")
     save_tuned("unmarked.pt", mark=None)
     save_tuned("ape.pt", pos="absolute")
+    save_model("short.pt", block_size=90)
+    checkpoint.save("bpe.pt", torch.load("short.pt") | {"settings": {"tokenizer": "gpt2"}})
     assert expected in refusal(analyze.main, [*LOOK, *args])
 
 
@@ -3521,6 +3531,129 @@ def test_a_checkpoint_without_meta_tokens_has_its_perplexity(workplace):
     analyze.main([*LOOK, "--init_from=plain.pt", "--what=perplexity"])
     figures = result_of("perplexity", "analysis/plain")
     assert list(figures["by_context"]["as trained"]) == ["24", "48", "96"]
+
+
+def last_distance(text, place):
+    """How far before place its bigram ended last: by comparing with all, 0 if never."""
+    for distance in range(1, place):
+        if text[place - distance - 1:place - distance + 1] == text[place - 1:place + 1]:
+            return distance
+    return 0
+
+
+def test_the_distance_of_a_bigram_is_that_to_its_last_occurrence():
+    for symbols in (1, 3, 10):
+        text = np.random.default_rng(symbols).integers(symbols, size=90).tolist()
+        expected = [last_distance(text, place) for place in range(1, 90)]
+        assert recall.distances_of(text) == expected
+    assert recall.distances_of([1, 2, 1, 2, 2, 1]) == [0, 0, 2, 0, 3]
+
+
+def test_intervals_of_recall_are_those_of_a_bootstrap_over_windows():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 40, (300, 2))
+    level = rng.normal(1, 0.5, (300, 1))  # tokens of one window resemble each other
+    sums = counts * level + rng.normal(0, 1, (300, 2)) * counts**0.5
+    found = recall.ratio(sums, counts)
+    drawn = rng.integers(300, size=(4000, 300))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    assert np.allclose(found["mean"], sums.sum(0) / counts.sum(0))
+    assert np.allclose(found["high"] - found["mean"], 1.96 * means.std(0), rtol=0.06)
+    assert np.allclose(found["mean"] - found["low"], 1.96 * means.std(0), rtol=0.06)
+    nowhere = recall.ratio(np.zeros((3, 1)), np.zeros((3, 1)))
+    assert np.isnan([*nowhere.values()]).all()
+
+
+@pytest.mark.parametrize("n_meta", [0, 5])
+def test_a_text_token_is_predicted_by_whatever_stands_before_it(n_meta, monkeypatch):
+    monkeypatch.setattr(rate_distortion, "TOKENS", 50)  # two windows at once
+    model, text = build(), np.random.default_rng(0).integers(META, size=(3, 20))
+    reading = recall.Reading(model, n_meta, "random")
+    losses = recall.losses_of(reading, text, 7, "")
+    places = prepare.meta_places(3, 20 + n_meta, n_meta, np.random.default_rng(7))
+    for row, is_meta, own in zip(text.tolist(), places, losses):
+        sequence = [META if meta else row.pop(0) for meta in is_meta]
+        log_p = model(torch.tensor([sequence]))[0][0].log_softmax(-1)
+        expected = [-log_p[i, token].item() for i, token in enumerate(sequence[1:])
+                    if token != META]
+        assert own.tolist() == pytest.approx(expected)
+
+
+def val_text():
+    """The validation text of data/d without its meta-tokens."""
+    tokens, _, manifest = read_split("val")
+    return tokens[tokens != manifest["meta_id"]].tolist()
+
+
+@pytest.mark.parametrize("rate, size", [("0.2", 96), ("0", 50), ("0.5", 30)])
+def test_windows_are_the_running_text_of_the_data(workplace, rate, size):
+    config = configure(f"--block_size={size}", f"--meta_rate={rate}", "--analysis_blocks=9999")
+    prepare.prepare(config)
+    blocks = train.Blocks("data/d", prepare.read_manifest(config), "val")
+    subject, text = SimpleNamespace(blocks=blocks, config=config), val_text()
+    windows = recall.read_windows(subject, 77)
+    assert len(windows) == len(text) // 77 > 9
+    assert windows.flatten().tolist() == text[:77 * len(windows)]
+    config.analysis_blocks = 3
+    spread = windows[[0, (len(windows) - 1) // 2, -1]]
+    assert np.array_equal(recall.read_windows(subject, 77), spread)
+
+
+def test_a_planted_recall_is_found_where_it_is(looked_into, monkeypatch):
+    """The model of three layers is 0.5 better at 32 to 63 tokens, and 0.25 worse on new
+    bigrams; without meta-tokens any model is 2 worse at fewer than 32."""
+    texts = []
+
+    def planted(model, x, y):
+        losses = torch.full(x.shape, math.nan)
+        for row, (*before, last) in zip(losses, torch.cat([x, y[:, -1:]], 1).tolist()):
+            places = [i for i, token in enumerate([*before, last]) if token != 257]
+            text = [[*before, last][i] for i in places]
+            texts.append((model.config.n_layer, len(before) + 1 - len(text), tuple(text)))
+            assert places[0] == 0
+            for place in range(1, len(text)):
+                distance = last_distance(text, place)
+                loss = 3 + text[place] / 256
+                if model.config.n_layer == 3:
+                    loss += 0.25 * (distance == 0) - 0.5 * (32 <= distance < 64)
+                if len(text) == len(before) + 1 and 0 < distance < 32:
+                    loss += 2
+                row[places[place] - 1] = loss
+        return losses
+
+    monkeypatch.setattr(recall, "text_losses", planted)
+    save_model("b.pt", block_size=120, n_layer=3)
+    save_model("plain.pt", meta_id=None, meta_attention=False, text_vocab_size=257)
+    analyze.main([*LOOK, "--what=recall", "--compare=b.pt,plain.pt"])
+    found = result_of("recall")
+    text = val_text()
+    firsts = [77 * int(i) for i in np.linspace(0, len(text) // 77 - 1, 4)]
+    expected = {tuple(text[first:first + 77]) for first in firsts}
+    for reader in ((2, 19), (3, 19), (1, 0), (2, 0), (3, 0)):
+        read = [own for *who, own in texts if tuple(who) == reader]
+        assert len(read) == 4 and set(read) == expected
+    distances = [last_distance(list(own), place) for own in expected for place in range(64, 77)]
+    counts = [sum(low <= d < high for d in distances)
+              for low, high in ((0, 1), (1, 32), (32, 64), (64, 76))]
+    assert found["classes"] == ["new", "1-31", "32-63", "64-75"] and found["tokens"] == counts
+    differences = {name: own["mean"] for name, own in found["minus_first"].items()}
+    assert differences == {
+        "b": [0.25, 0, -0.5, 0], "plain": [0, 2, 0, 0], "out, no meta-tokens": [0, 2, 0, 0],
+        "b, no meta-tokens": [0.25, 2, -0.5, 0]}
+    assert found["minus_first"]["b"]["low"] == found["minus_first"]["b"]["high"]
+
+
+def test_recall_of_bpe_and_of_a_model_that_is_alone(workplace, capsys):
+    gpt2_bpe()
+    prepare.prepare(configure("--tokenizer=gpt2", "--block_size=40", "--meta_rate=0"))
+    save_model("plain.pt", vocab_size=50304, meta_id=None, meta_attention=False,
+               text_vocab_size=50257, pos="absolute", block_size=80)
+    saved = torch.load("plain.pt")
+    checkpoint.save("plain.pt", saved | {"settings": {"tokenizer": "gpt2"}})
+    analyze.main([*LOOK, "--init_from=plain.pt", "--what=recall"])
+    found = result_of("recall", "analysis/plain")
+    assert found["text_per_window"] == 72 and found["minus_first"] == {}
+    assert "recall: loss of bigrams last seen 64-70 text tokens before" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------
@@ -3534,7 +3667,7 @@ def test_the_queried_unit_is_the_one_that_answers_the_question(task, name):
     for placement in ("task", "all", "random"):
         stream = stream_of(task, mark, placement, name=name)
         for e in examples(task, 20, length, placement, mark, name):
-            is_before, is_in_unit = analyze.find_question(e, stream)
+            is_before, is_in_unit = recall.find_question(e, stream)
             before, unit, rest = (prepare.decode(encoding, e.tokens[own].tolist())
                                   for own in (is_before, is_in_unit, ~is_before))
             assert before == e.prompt[:e.prompt.index("Question: ")]
@@ -3586,7 +3719,7 @@ def test_what_is_hidden_could_as_well_be_noise(task, changes, monkeypatch):
     monkeypatch.setattr(rate_distortion, "TOKENS", 600)  # batches of two
     drawn = examples(task, 4, 300, "all", mark)
     reader = rate_distortion.Reader(model, "", stream_of(task, mark, "all"))
-    analyze.right_answers(reader, drawn, 300, "cpu", seed=3)
+    recall.right_answers(reader, drawn, 300, "cpu", seed=3)
     rng = np.random.default_rng(3)
     for i, e in enumerate(drawn):
         question, conditions = visible_by_reading(e, mark, rng)
@@ -3605,7 +3738,7 @@ def test_with_everything_visible_exact_match_is_that_of_tuning():
     for e in drawn[::2]:
         prompt = torch.from_numpy(e.tokens[None, :-e.n_answer])
         e.tokens = model.generate(prompt, e.n_answer, temperature=0)[0].numpy()
-    right = analyze.right_answers(rate_distortion.Reader(model, "", stream), drawn, 256, "cpu", 0)
+    right = recall.right_answers(rate_distortion.Reader(model, "", stream), drawn, 256, "cpu", 0)
     measured, _, _ = eval_synthetic.measure(model, drawn, 256, Machine("cpu", "float32"))
     assert right["everything"].tolist() == measured.tolist() == [True, False] * 10
 
@@ -3645,7 +3778,7 @@ def test_a_planted_way_to_answer_is_told_from_the_other(monkeypatch, distance, e
     monkeypatch.setitem(eval_synthetic.TASKS, "store", store)
     reader = rate_distortion.Reader(Planted(distance), "", stream_of("store", 257))
     drawn = examples("store", 200, 80, "task", 257)
-    right = analyze.right_answers(reader, drawn, 80, "cpu", 0)
+    right = recall.right_answers(reader, drawn, 80, "cpu", 0)
     for condition, share in expected.items():  # one of 50 letters is drawn at random
         assert right[condition].mean() == pytest.approx(share, abs=0.03 if 0 < share < 1 else 0)
 
@@ -3665,7 +3798,7 @@ def test_tuned_models_are_compared_under_every_condition(workplace, capsys):
         assert own["sha256_of_prompts"] == eval_synthetic.facts(drawn)["sha256_of_prompts"]
         assert own["n"] == 6 and list(own["models"]) == ["a", "b"]
         for found in own["models"].values():
-            assert list(found) == list(analyze.CONDITIONS)
+            assert list(found) == list(recall.CONDITIONS)
             for point in found.values():
                 assert point["low"] <= point["exact"] <= point["high"]
 

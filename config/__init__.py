@@ -142,7 +142,8 @@ class Tasks:
 class Analysis:
     what: str = setting("all", "parts of the script to run (comma-separated), or 'all'")
     analysis_blocks: int = setting(64, "validation blocks to look at", POSITIVE)
-    compare: str = setting("", "more checkpoints (comma-separated), for rate_distortion and cache")
+    compare: str = setting("", "more checkpoints (comma-separated), for rate_distortion, recall "
+                           "and cache")
     bottleneck_examples: int = setting(8000, "examples that train a bottleneck", POSITIVE)
     bottleneck_steps: int = setting(1500, "optimizer steps, of 128 examples", POSITIVE)
     bottleneck_seeds: int = setting(5, "bottlenecks trained for each beta", POSITIVE)
