@@ -145,6 +145,21 @@ def script(name, *args, launcher=(), **options):
                           env=environment, **options)
 
 
+HOLD = "import prepare; lock = prepare.lock({path!r}, 'busy'); print(1, flush=True); input()"
+
+
+@contextlib.contextmanager
+def held_elsewhere(path):
+    """Lock a file in another process, which is killed at the end."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD.format(path=path)], text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               env=os.environ | {"PYTHONPATH": HERE})
+    process.stdout.readline()
+    yield
+    process.kill()
+    process.communicate()
+
+
 def document(i):
     words = [f"word{i * j % 97}" for j in range(5 + i * 7 % 60)]
     return f"Document {i}: {' '.join(words)}\n\n  é ✓\n"
@@ -1399,13 +1414,8 @@ def test_a_shard_has_a_plain_name_inside_its_folder(prepared):
 
 def test_a_data_set_is_prepared_by_one_process_at_a_time(workplace):
     os.makedirs("data/d")
-    hold = "import prepare; lock = prepare.locked('data/d/.lock', ''); lock.__enter__(); print(); "
-    command = [sys.executable, "-c", hold + "input()"]
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": HERE}, text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
+    with held_elsewhere("data/d/.lock"):
         assert "another prepare.py is writing data/d" in refusal(prepare.prepare, configure())
-        other.communicate("\n")
     prepare.prepare(configure())
 
 
@@ -1960,21 +1970,6 @@ def test_a_resumed_run_keeps_its_precision(prepared):
     train.main(["--init_from=resume", "--max_iters=4", "--device=cpu"])
     assert read_log()[-1]["step"] == 4 and read_log()[0]["dtype"] == "torch.bfloat16"
     assert checkpoint.load("out")["settings"]["dtype"] == "bfloat16"
-
-
-HOLD = "import prepare; lock = prepare.lock({path!r}, 'busy'); print(1, flush=True); input()"
-
-
-@contextlib.contextmanager
-def held_elsewhere(path):
-    """Lock a file in another process, which is killed at the end."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD.format(path=path)], text=True,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               env=os.environ | {"PYTHONPATH": HERE})
-    process.stdout.readline()
-    yield
-    process.kill()
-    process.communicate()
 
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_ends(prepared):
