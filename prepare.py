@@ -47,10 +47,10 @@ SHARD = r"(train|val)_\d{5}\.bin"
 GROUP = 256                    # blocks whose meta-tokens are placed together
 BATCH_CHARS = 1 << 20          # text tokenised at a time; the longest piece of a text file
 SECTION_CHARS = 1 << 16        # a piece of a lone text file
-SAVE_SECONDS = 10              # between two notes of how far we are
+SAVE_SECONDS = 10              # between two saves of progress.json
 MUST_FIT = ("tokenizer", "block_size", "meta_rate", "meta_placement")  # data and model
 PLAIN_TEXT = (".txt", ".md", ".py")
-ENDINGS = (*PLAIN_TEXT, ".jsonl", ".json", ".parquet")  # and .gz behind them
+ENDINGS = (*PLAIN_TEXT, ".jsonl", ".json", ".parquet")  # each also with .gz
 
 
 def main(argv=None):
@@ -144,7 +144,7 @@ class SourceError(Exception):
 def open_source(config, begun, undecodable):
     """(version, changed, bytes, pieces) of 'stdlib', local files or a set on the hub.
 
-    Skip the pieces that `begun` (a progress.json) counts. Stay at its revision.
+    Skip the pieces that `begun` (a progress.json) counts, and keep its revision.
     `changed` differs when a file was edited. It and bytes are None on the hub.
     """
     name, field, done = config.source, config.text_field, begun.get("pieces", 0)
@@ -188,7 +188,7 @@ def find_files(source):
         paths = [path for place in found for _, path in files_below(place, ENDINGS)]
         if not paths:
             raise SourceError(f"source={pattern}: no such file, or nothing that ends in "
-                              f"{', '.join(ENDINGS)} (or .gz behind that)")
+                              f"{', '.join(ENDINGS)} (or that and .gz)")
         before_wildcard = pattern if exists else re.split(r"[*?[]", pattern)[0]
         root = pattern if os.path.isdir(pattern) else os.path.dirname(before_wildcard)
         files += [(key_of(path, root), path) for path in paths]
@@ -237,7 +237,7 @@ class Undecodable:
         return "\ufffd", error.end
 
     def counted(self, name, pieces):
-        """The pieces of a file. Raise SourceError behind them if it is no text."""
+        """The pieces of a file. Raise SourceError after them if it is no text."""
         self.replaced = chars = 0
         for piece in pieces:
             chars += len(piece.text)
@@ -288,8 +288,8 @@ def file_pieces(files, text_field, undecodable):
 def text_sections(path, size):
     """(text, ends) of a text file, in sections of about `size` characters.
 
-    A section ends before a single space between two words, where BPE cuts as well. In a
-    text without any it ends wherever the size says.
+    A section ends before a single space between two words, where BPE cuts, too. In a
+    text without any it ends after `size` characters.
     """
     with open_text(path) as file:
         rest = file.read(size)
@@ -364,13 +364,13 @@ def row_pieces(rows, text_field, where):
 
 
 def is_on_hub(source):
-    """Whether this is a name on the Hugging Face hub, as allenai/c4:en, and no path."""
+    """Whether this is no path but a name on the Hugging Face hub, as allenai/c4:en."""
     is_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:.+)?", source)
     return is_name and kind_of(source) not in ENDINGS and not os.path.exists(source)
 
 
 def hub_rows(source, revision, skip):
-    """The rows of a data set on the hub behind the first `skip`, streamed."""
+    """Stream the rows of a data set on the hub after the first `skip`."""
     name, _, configuration = source.partition(":")
     with hub_errors(source):
         from datasets import load_dataset
@@ -395,13 +395,13 @@ def hub_errors(source):
 
 
 # --------------------------------------------------------------------------------------
-# Tokenising, in threads: tiktoken releases Python's lock while it works
+# Tokenising, in threads: tiktoken releases the GIL
 
 class Tokeniser(threading.local):
     """Turns a batch of pieces into tokens.
 
     Each thread that uses it calls __init__ and gets an encoding of its own: threads
-    that share one wait for each other at its regular expression.
+    that share one wait for each other's regular expression.
     """
 
     def __init__(self, encoding, val_fraction):
@@ -411,7 +411,7 @@ class Tokeniser(threading.local):
             mergeable_ranks=encoding._mergeable_ranks)
 
     def __call__(self, batch):
-        """{'train': (n,), 'val': (m,)}, end-of-text behind each document."""
+        """{'train': (n,), 'val': (m,)}, end-of-text after each document."""
         parts = {split: [np.empty(0, DTYPE)] for split in SPLITS}
         for key, text, ends, split in batch:
             split = split or split_of(key, self.val_fraction)
@@ -473,7 +473,7 @@ class SplitWriter:
     """Cuts one split's text into blocks, injects the meta-tokens and writes shards."""
 
     def __init__(self, folder, split, recipe, state):
-        """Go on from a state, and forget what was written after it."""
+        """Resume from a state, and discard what was written after it."""
         self.folder, self.split, self.recipe = folder, split, recipe
         self.block_size = recipe["block_size"]
         self.text_per_block = self.block_size - recipe["meta_per_block"]
@@ -496,7 +496,7 @@ class SplitWriter:
         return os.path.join(self.folder, f"{self.split}_{len(self.shards):05d}.bin")
 
     def state(self):
-        """How far we are, with everything up to there safe on the disk."""
+        """The state to resume from. All that comes before it is safe on the disk."""
         writing = {}
         if self.in_shard():
             flush(self.path())
@@ -505,7 +505,7 @@ class SplitWriter:
                 "rest": self.rest.tolist()}
 
     def add(self, text):
-        """Write the blocks that there is text for. One token stays for end_shard."""
+        """Write all complete blocks, but keep one token for end_shard."""
         self.rest = np.concatenate([self.rest, text])
         while len(self.rest) > self.text_per_block:
             if len(self.places) == 0:
@@ -558,11 +558,11 @@ def prepare(config):
     except SourceError as e:
         raise config.error(e) from None
     except KeyboardInterrupt:
-        raise SystemExit(f"\ninterrupted; {again} goes on from here") from None
+        raise SystemExit(f"\ninterrupted; {again} resumes") from None
     except OSError as e:
         advice = "make room" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
         raise SystemExit(f"error: cannot write {folder}: {e.strerror}; {advice}, "
-                         f"and {again} goes on from here") from None
+                         f"and {again} resumes") from None
 
 
 def write_data(config, folder):
@@ -579,7 +579,7 @@ def write_data(config, folder):
         if progress.get("changed", changed) != changed:
             raise config.error(f"source={config.source} was edited since {folder} was begun: "
                                f"run {prepare_command(config)} --overwrite")
-        print(f"going on behind {progress['documents']:,} documents")
+        print(f"resuming after {progress['documents']:,} documents")
     else:
         remove_older(folder)
         progress = {"of": recipe, "changed": changed, "pieces": 0, "documents": 0,
@@ -829,7 +829,7 @@ def lock(path, busy):
 
 
 def write_json(path, value):
-    """All of it, or nothing."""
+    """Write the file whole, or not at all."""
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
     flush(path + ".tmp")
@@ -867,7 +867,7 @@ class Blocks:
         return int(self.ends[-1])
 
     def read(self, number):
-        """Block `number` and the token behind it: uint16 (T + 1,)."""
+        """Block `number` and the token after it: uint16 (T + 1,)."""
         shard = int(np.searchsorted(self.ends, number, side="right"))
         first = int(self.ends[shard - 1]) if shard > 0 else 0
         offset = (int(number) - first) * self.block_size * DTYPE.itemsize

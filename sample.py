@@ -67,7 +67,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
 
 
 def meta_schedule(block_size, n_meta, seed):
-    """Yield for one position after the other whether a meta-token is due there.
+    """Yield for each position in turn whether a meta-token is due there.
 
     Each block of block_size positions has n_meta, drawn anew, and none at its first.
     """
@@ -159,7 +159,7 @@ class CachedDecoder:
             for cache in self.caches:
                 cache.is_prompt = False
             return logits
-        # A step: one token of text, and the meta-tokens behind it, seldom more than one
+        # A step: one token of text, and the meta-tokens after it, seldom more than one
         if new.is_cuda and new.size(1) <= 2 and not self.is_autocast:
             return self.replay(new)
         return self.compute(new, n_meta=new.size(1) - 1)
@@ -206,7 +206,7 @@ class KVCache:
     def advance(self, is_real):
         """Make room for n more tokens. Returns their slots, (n,), from 0 on.
 
-        is_real (B, n), bool: False for padding, which nobody may see.
+        is_real (B, n), bool: False for padding, which no query may see.
         """
         n, size = is_real.size(1), self.is_real.size(1)
         self.slots = self.length + torch.arange(n, device=is_real.device)  # (n,)
@@ -281,7 +281,7 @@ def draw(model, prompt, device, config):
 
 
 def print_tokens(tokens, encoding, show_meta):
-    """Print each token as it comes. A character of several waits for its last one."""
+    """Print tokens as they come, but a character only when all its tokens are there."""
     characters = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
         text = ""
@@ -308,7 +308,7 @@ def make_prompt(config, model_config, encoding):
 
 
 def read_start(config):
-    """The prompt's text, or None without --start. Raises SystemExit if it is none."""
+    """The prompt's text; None without --start. Raises SystemExit if it is unreadable."""
     if not config.given("start"):
         return None
     text = config.start
@@ -335,7 +335,7 @@ def inject_prompt(tokens, config, meta_id):
     rng = np.random.default_rng(config.seed)
     places = meta_places(n_blocks, config.block_size, n_meta, rng, config.meta_placement)
     places = places.ravel()                                                # (blocks * T,)
-    end = np.flatnonzero(~places)[len(tokens) - 1] + 1          # behind the last token
+    end = np.flatnonzero(~places)[len(tokens) - 1] + 1          # after the last token
     return inject(np.array(tokens), places[:end], meta_id)
 
 

@@ -1229,7 +1229,7 @@ def test_preparation_killed_and_started_again_ends_with_the_same_bytes(workplace
         assert process.wait() == -signal.SIGKILL
     last = run(0, "killed")
     output, _ = last.communicate()
-    assert last.returncode == 0 and "going on behind" in output, output
+    assert last.returncode == 0 and "resuming after" in output, output
     assert whole.wait() == 0
     assert folder_bytes("data/killed") == folder_bytes("data/whole")
 
@@ -1546,7 +1546,7 @@ def test_rows_without_text_are_skipped_and_counted(workplace, monkeypatch, capsy
     assert (manifest["documents"], manifest["skipped_rows"]) == (106, 14)
     interrupt(configure(*arguments), monkeypatch)
     prepare.prepare(configure(*arguments))
-    assert "going on behind 106 documents" in capsys.readouterr().out
+    assert "resuming after 106 documents" in capsys.readouterr().out
     assert folder_bytes("data/d") == folder_bytes("data/whole")
     message = refusal(prepare.prepare, configure(f"--source={name}", "--dataset=new"))
     assert "row 1 has no text in 'text'" in message
