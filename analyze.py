@@ -10,7 +10,9 @@
 Each part prints a line and writes <part>.json and <part>.png: to out/analysis/ for the
 checkpoint out, to out/analysis/best/ for out/best.pt, or to <out_dir>/analysis/ if
 --out_dir= is typed. The text is the validation split of the checkpoint's data, or of
---dataset=. Everything is computed in float32.
+--dataset=. Of a model that eval_synthetic.py tuned, sharpening and residual read
+validation prompts of its task, and look at its marks in place of meta-tokens.
+Everything is computed in float32.
 
 Shapes: B sequences, T tokens, M meta-tokens, L layers, C width, nh heads of size hs.
 """
@@ -165,12 +167,12 @@ def sharpen(model, idx, keys, queries):
             "share": (n_met / n_pairs).cpu()}
 
 
-def random_text(is_meta, generator):
+def random_text(is_meta, is_text, generator):
     """As many text tokens as a row of is_meta (B, T) has meta-tokens; not the first."""
     order = torch.rand(is_meta.shape, generator=generator).to(is_meta.device)
-    order = order.masked_fill(is_meta, 2)
+    order = order.masked_fill(~is_text, 2)
     order[:, 0] = 2
-    return (order.argsort(-1).argsort(-1) < is_meta.sum(-1, keepdim=True)) & ~is_meta
+    return (order.argsort(-1).argsort(-1) < is_meta.sum(-1, keepdim=True)) & is_text
 
 
 def by_head(values):
@@ -182,10 +184,10 @@ def measure_sharpening(subject):
     """The findings: {kind: {change: estimates, median and histogram}}."""
     generator = torch.Generator().manual_seed(subject.config.seed)
     batches = {kind: [] for kind in KINDS}
-    for idx in subject.batches("sharpening"):
-        is_meta = idx == subject.model.config.meta_id
-        zeroed = {"meta": is_meta, "text": random_text(is_meta, generator)}
-        queries = ~is_meta & ~zeroed["text"]
+    for idx, is_text in subject.batches("sharpening"):
+        is_meta = idx == subject.mark
+        zeroed = {"meta": is_meta, "text": random_text(is_meta, is_text, generator)}
+        queries = is_text & ~zeroed["text"]
         for keys in zeroed.values():
             queries &= keys.cumsum(-1) > 0  # after the first of both kinds
         for kind, keys in zeroed.items():
@@ -193,7 +195,7 @@ def measure_sharpening(subject):
 
     values = {kind: joined(own) for kind, own in batches.items()}      # (blocks, L, nh, T)
     is_value = values["meta"]["drop"].isfinite()
-    findings = {"blocks": len(is_value), "values": int(is_value.sum())}
+    findings = {"blocks": len(is_value), "values": int(is_value.sum()), "read": subject.read}
     for kind, title in KINDS.items():
         findings[title] = {"share": by_head(values[kind]["share"].double().numpy())}
     for name in CHANGES:
@@ -210,7 +212,7 @@ def draw_sharpening(findings):
     """Above: how values change, beside the control. Below: the mean of each head."""
     figure = Figure(figsize=(15, 8.5), layout="constrained")
     figure.suptitle("Causal attention of text queries, with some input embeddings and without; "
-                    f"{findings['blocks']} validation blocks, {findings['values']:,} values")
+                    f"{findings['blocks']} {findings['read']}, {findings['values']:,} values")
     for (name, title), (above, below) in zip(CHANGES.items(), figure.subplots(2, 3).T):
         for kind, label in KINDS.items():
             own = findings[label][name]
@@ -265,27 +267,27 @@ def similarity_by_distance(x, queries, keys, edges):
 
 def measure_residual(subject):
     """The findings: curves (L + 1, distances) of SIMILARITIES, the embedding first."""
-    n_edges = 2 * int(math.log2(subject.blocks.block_size)) + 1
+    n_edges = 2 * int(math.log2(subject.length)) + 1
     edges = sorted({round(2 ** (i / 2)) for i in range(n_edges)})
     batches = []
-    for idx in subject.batches("residual"):
-        is_meta = idx == subject.model.config.meta_id
-        is_before = F.pad(is_meta[:, 1:], (0, 1)) & ~is_meta  # text that a meta-token follows
+    for idx, is_text in subject.batches("residual"):
+        is_meta = idx == subject.mark
+        is_before = F.pad(is_meta[:, 1:], (0, 1)) & is_text  # text that a meta-token follows
         stream, curves = residual_stream(subject.model, idx), {}
         for kind, queries in (("meta", is_meta), ("text", is_before)):
-            layers = [similarity_by_distance(x, queries, ~is_meta, edges) for x in stream]
+            layers = [similarity_by_distance(x, queries, is_text, edges) for x in stream]
             curves[kind] = torch.stack(layers, 1).cpu()                    # (B, L + 1, n)
         batches.append(curves)
     curves = joined(batches)
-    return {"blocks": len(curves["meta"]), "edges": edges,
+    return {"blocks": len(curves["meta"]), "read": subject.read, "edges": edges,
             "curves": {title: estimate(curves[kind]) for kind, title in SIMILARITIES.items()}}
 
 
 def draw_residual(findings):
     """Similarity over distance: of meta-tokens, and of the control."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    figure.suptitle(f"Residual stream in {findings['blocks']} validation blocks; "
-                    "95% intervals over blocks")
+    figure.suptitle(f"Residual stream in {findings['blocks']} {findings['read']}; "
+                    "95% intervals over them")
     axes = figure.subplots(1, 2, sharey=True)
     for ax, (title, curve) in zip(axes, findings["curves"].items()):
         n_layer = len(curve["mean"]) - 1
@@ -306,7 +308,7 @@ def draw_residual(findings):
 def residual(subject):
     findings = measure_residual(subject)
     distances = findings["edges"][:-1]
-    far = np.searchsorted(distances, subject.blocks.block_size // 4)
+    far = np.searchsorted(distances, subject.length // 4)
     meta, text = (f"{text_of(curve, -1, 0)} and {text_of(curve, -1, far)}"
                   for curve in findings["curves"].values())
     return findings, draw_residual(findings), (
@@ -552,7 +554,8 @@ def names_of(encoding, tokens):
 PARTS = {part.__name__: part
          for part in (sharpening, residual, attention, rate_distortion, perplexity, recall,
                       cache)}
-NEED_META = {"sharpening", "residual", "attention"}
+OF_MARKS = {"sharpening", "residual"}
+NEED_META = {"attention", *OF_MARKS}
 DATA = ("dataset", "source", "text_field", "val_fraction", "max_tokens")
 HELP = (settings.Analysis, "init_from", "out_dir", "dataset", "start", "train_length",
         "eval_lengths", "test_examples", "label", "workers", "seed", "device")
@@ -578,8 +581,16 @@ class Subject:
         if config.what == "all":
             names = possible
         self.names = names
-        has_meta = self.model.config.meta_id is not None
+        self.mark, self.stream, self.length = self.model.config.meta_id, None, None
+        self.read = "validation blocks"
+        has_meta = self.mark is not None
+        if is_tuned:
+            run = self.checkpoint["run"]
+            self.stream, self.length = eval_synthetic.Stream(**run["stream"]), run["train_length"]
+            self.mark, self.read = self.stream.mark, f"validation prompts of {self.stream.task}"
         lacking = [name for name in names if name in NEED_META and not has_meta]
+        if self.mark is not None:  # any mark will do for these
+            lacking = [name for name in lacking if name not in OF_MARKS]
         if lacking:
             allowed = ",".join(name for name in possible if name not in NEED_META)
             raise config.error(
@@ -590,7 +601,7 @@ class Subject:
             config.remember(self.checkpoint["settings"], DATA)
         # Tuning makes a model forget plain text, so rate_distortion then reads none
         self.reads_plain_text = has_meta and not is_tuned
-        needs_data = {"sharpening", "residual", "perplexity", "recall"}
+        needs_data = {"perplexity", "recall"} if is_tuned else {"perplexity", "recall", *OF_MARKS}
         if not config.given("start"):
             needs_data.add("attention")
         if self.reads_plain_text:
@@ -614,14 +625,24 @@ class Subject:
             raise config.error(f"{folder} has blocks of {manifest['block_size']} tokens, but "
                                f"learned positions end at {c.block_size}")
         self.blocks = train.Blocks(folder, manifest, "val")
+        self.length = self.length or self.blocks.block_size
         self.data = {"dataset": config.dataset, "validation": manifest["splits"]["val"]}
 
     def batches(self, desc):
-        """analysis_blocks of the validation blocks, spread evenly over them: (B, T)."""
-        numbers = np.linspace(0, len(self.blocks) - 1, self.config.analysis_blocks)
-        batches = batches_of(np.unique(numbers.astype(int)), self.blocks.block_size)
-        for own in tqdm(batches, desc=desc, leave=False):
-            yield self.blocks.batch(own)[0].to(self.device)
+        """Yield (idx, is_text) (B, T): validation blocks, spread evenly, or prompts."""
+        n = self.config.analysis_blocks
+        if self.stream is None:
+            numbers = np.unique(np.linspace(0, len(self.blocks) - 1, n).astype(int))
+            for own in tqdm(batches_of(numbers, self.length), desc=desc, leave=False):
+                idx = self.blocks.batch(own)[0].to(self.device)
+                yield idx, idx != self.mark
+            return
+        prompts = [torch.from_numpy(eval_synthetic.draw(
+            self.stream, "validation", self.length, number).tokens) for number in range(n)]
+        for own in tqdm(batches_of(prompts, self.length), desc=desc, leave=False):
+            idx = [F.pad(tokens, (0, self.length - len(tokens)), value=-1) for tokens in own]
+            idx = torch.stack(idx).to(self.device)                         # (B, T); -1: padding
+            yield idx.clamp(min=0), (idx >= 0) & (idx != self.mark)
 
 
 def folder_of(config, path):

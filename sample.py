@@ -308,7 +308,7 @@ def make_prompt(config, model_config, encoding):
 
 
 def read_start(config):
-    """The prompt's text; None without --start. Raises SystemExit if it is unreadable."""
+    """The prompt's text; None without --start. Raises SystemExit if unreadable."""
     if not config.given("start"):
         return None
     text = config.start

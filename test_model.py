@@ -3285,7 +3285,7 @@ def planted_boost(boost):
 def test_a_planted_boost_is_recovered():
     boost, idx = 2.0, text_with_meta((4, 7), T=32)
     model, is_meta = planted_boost(boost), idx == META
-    control = analyze.random_text(is_meta, torch.Generator().manual_seed(1))
+    control = analyze.random_text(is_meta, ~is_meta, torch.Generator().manual_seed(1))
     assert torch.equal(control.sum(1), is_meta.sum(1))
     assert not (control & is_meta).any() and not control[:, 0].any()
     queries = ~is_meta & ~control & (is_meta.cumsum(1) > 0)
@@ -3327,9 +3327,10 @@ def test_the_share_of_pairs_that_meet_the_condition_is_counted_before_the_logits
 def test_sharpening_is_measured_behind_the_first_of_both_kinds(looked_into):
     subject = analyze.Subject(settings.load(LOOK), ["sharpening"])
     found = analyze.measure_sharpening(subject)
-    [idx] = [torch.cat(list(subject.batches("")))]
+    idx = torch.cat([idx for idx, _ in subject.batches("")])
     is_meta = idx == 257
-    control = analyze.random_text(is_meta, torch.Generator().manual_seed(subject.config.seed))
+    generator = torch.Generator().manual_seed(subject.config.seed)
+    control = analyze.random_text(is_meta, ~is_meta, generator)
     behind = (is_meta.cumsum(1) > 0) & (control.cumsum(1) > 0)
     queries = behind & ~is_meta & ~control
     assert found["values"] == queries.sum() * 4  # layers and heads
@@ -3338,6 +3339,22 @@ def test_sharpening_is_measured_behind_the_first_of_both_kinds(looked_into):
     drop = found["as many text tokens zeroed"]["drop"]
     assert drop["mean"] == pytest.approx(means.mean().item(), abs=1e-6)
     assert 98 < drop["percent"].sum() <= 100
+
+
+def test_a_tuned_model_is_looked_into_as_it_reads_the_prompts_of_its_task(looked_into):
+    save_tuned("out/tuned.pt", placement="task", mark=HASH)
+    args = [*LOOK, "--init_from=out/tuned.pt", "--what=sharpening,residual"]
+    subject = analyze.Subject(settings.load(args), ["sharpening", "residual"])
+    [(idx, is_text)] = subject.batches("")
+    assert idx.shape == is_text.shape == (4, 96) and subject.data is None
+    for number, (row, is_own) in enumerate(zip(idx, is_text)):
+        example = eval_synthetic.draw(subject.stream, "validation", 96, number)
+        tokens = torch.from_numpy(example.tokens)
+        assert torch.equal(row[:len(tokens)], tokens) and not is_own[len(tokens):].any()
+        assert torch.equal(is_own[:len(tokens)], tokens != HASH)
+    analyze.main(args)
+    for name in ("sharpening", "residual"):
+        assert result_of(name, "out/analysis/tuned")["read"] == "validation prompts of list_recall"
 
 
 def test_a_planted_similarity_is_recovered():
