@@ -10,7 +10,6 @@ a copy of the next block's first token. Killed at any moment and started again,
 prepare.py goes on and ends with the same bytes, whatever the number of workers.
 --block_size, --seed and --overwrite count here, too.
 """
-import codecs
 import errno
 import glob
 import gzip
@@ -141,17 +140,18 @@ class SourceError(Exception):
     """A source that cannot be read. The message is one line for people."""
 
 
-def open_source(config, begun, undecodable):
+def open_source(config, begun, damaged):
     """(version, changed, bytes, pieces) of 'stdlib', local files or a set on the hub.
 
     Skip the pieces that `begun` (a progress.json) counts, and keep its revision.
     `changed` differs when a file was edited. It and bytes are None on the hub.
+    damaged: a dictionary, see `judged`.
     """
     name, field, done = config.source, config.text_field, begun.get("pieces", 0)
     if name != "stdlib" and is_on_hub(name):
         revision = begun["of"]["source_version"] if begun else newest_revision(name)
         rows = enumerate(hub_rows(name, revision, done), done + 1)
-        return revision, None, None, undecodable.counted(name, row_pieces(rows, field, name))
+        return revision, None, None, judged(row_pieces(rows, field, name), name, damaged)
     try:
         files = stdlib_files() if name == "stdlib" else find_files(name)
         stats = [os.stat(path) for _, path in files]
@@ -162,7 +162,7 @@ def open_source(config, begun, undecodable):
     if name == "stdlib":
         version = f"Python {platform.python_version()}"
     changed = sha256(f"{listing} {[stat.st_mtime_ns for stat in stats]}".encode())
-    pieces = file_pieces(files, field, undecodable)
+    pieces = file_pieces(files, field, damaged)
     if len(files) == 1 and kind_of(files[0][1]) in PLAIN_TEXT:
         pieces = serve_both_splits(pieces, config.val_fraction, config.block_size)
     n_bytes = sum(stat.st_size for stat in stats)
@@ -182,9 +182,10 @@ def find_files(source):
     for pattern in map(os.path.expanduser, filter(None, source.split(","))):
         exists = os.path.exists(pattern)  # brackets may be part of a name
         found = [pattern] if exists else sorted(glob.glob(pattern, recursive=True))
-        if "**" in pattern:  # it finds folders and what is in them, by way of links again
-            found = [path for path in reversed(found) if not os.path.isdir(path)]
-            found = sorted({os.path.realpath(path): path for path in found}.values())
+        if "**" in pattern:  # it finds folders and what is in them, by links more than once
+            files_found = [path for path in found if not os.path.isdir(path)]
+            found = {os.path.realpath(path): path for path in reversed(files_found)}.values()
+            found = sorted(found)
         paths = [path for place in found for _, path in files_below(place, ENDINGS)]
         if not paths:
             raise SourceError(f"source={pattern}: no such file, or nothing that ends in "
@@ -198,20 +199,16 @@ def find_files(source):
 def files_below(root, endings):
     """(key, path) of a folder's files, or of one file, in the order of their keys.
 
-    A linked folder is read once. Names in it that begin with a dot are left out.
+    Links are followed, each folder is read once, and names that begin with a dot are
+    left out.
     """
-    paths, folders = ([], [root]) if os.path.isdir(root) else ([root], [])
-    seen = set()
-    for start in folders:  # which grows by the links
-        for folder, inside, names in os.walk(start):
-            if os.path.realpath(folder) in seen:
-                inside.clear()
-                continue
-            seen.add(os.path.realpath(folder))
-            inside[:] = sorted(name for name in inside if name[0] != ".")
-            subfolders = [os.path.join(folder, name) for name in inside]
-            folders += filter(os.path.islink, subfolders)
-            paths += [os.path.join(folder, name) for name in names if name[0] != "."]
+    paths, seen = [] if os.path.isdir(root) else [root], set()
+    for folder, inside, names in os.walk(root, followlinks=True):
+        is_new = os.path.realpath(folder) not in seen
+        seen.add(os.path.realpath(folder))
+        inside[:] = [name for name in inside if is_new and name[0] != "."]
+        inside.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
+        paths += [os.path.join(folder, name) for name in names if is_new and name[0] != "."]
     return sorted((key_of(path, root), path) for path in paths if kind_of(path) in endings)
 
 
@@ -225,36 +222,21 @@ def key_of(path, root):
     return os.path.relpath(path, root).replace(os.sep, "/")
 
 
-class Undecodable:
-    """Counts the bytes that are no text, file by file. U+FFFD takes their place."""
+def judged(pieces, name, damaged):
+    """The pieces of a file. Note in `damaged` which share of it was no text.
 
-    def __init__(self):
-        self.shares = {}  # of each file's characters
-        codecs.register_error("count", self.replace)
-
-    def replace(self, error):
-        self.replaced += 1
-        return "\ufffd", error.end
-
-    def counted(self, name, pieces):
-        """The pieces of a file. Raise SourceError after them if it is no text."""
-        self.replaced = chars = 0
-        for piece in pieces:
-            chars += len(piece.text)
-            self.shares[name] = self.replaced / max(chars, 1)
-            yield piece
-        self.judge(name)
-
-    def worst(self):
-        return self.judge(max(self.shares, key=self.shares.get, default=None))
-
-    def judge(self, name):
-        """What is wrong with a file, or None. Raise SourceError above 1%."""
-        share = self.shares.get(name, 0)
-        problem = f"{100 * share:.2g}% of its characters are no UTF-8"
-        if share > 0.01:
-            raise SourceError(f"cannot read {name}: {problem}: convert it")
-        return f"{name}: {problem}, and became U+FFFD" if share > 0 else None
+    Bytes that cannot be decoded became U+FFFD. Above 1% raise SourceError.
+    """
+    chars = replaced = 0
+    for piece in pieces:
+        chars += len(piece.text)
+        replaced += piece.text.count("\ufffd")
+        yield piece
+    share = replaced / max(chars, 1)
+    if share > 0.01:
+        raise SourceError(f"{name}: {100 * share:.0f}% of its characters are no UTF-8: convert it")
+    if share > 0:
+        damaged[name] = share
 
 
 def encoding_of(beginning):
@@ -264,10 +246,10 @@ def encoding_of(beginning):
 
 def open_text(path):
     file = gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb")
-    return io.TextIOWrapper(file, encoding_of(file.peek(2)), errors="count", newline="")
+    return io.TextIOWrapper(file, encoding_of(file.peek(2)), errors="replace", newline="")
 
 
-def file_pieces(files, text_field, undecodable):
+def file_pieces(files, text_field, damaged):
     """The pieces of text files, each a document, and of tables of documents."""
     lone = len(files) == 1  # its sections go to training or validation one by one
     for key, path in files:
@@ -279,7 +261,7 @@ def file_pieces(files, text_field, undecodable):
             else:
                 read_rows = parquet_rows if kind_of(path) == ".parquet" else json_rows
                 pieces = row_pieces(read_rows(path, text_field), text_field, path)
-            yield from undecodable.counted(path, pieces)
+            yield from judged(pieces, path, damaged)
         except (OSError, EOFError, ValueError, zlib.error) as e:
             reason = (str(e) or type(e).__name__).splitlines()[0]
             raise SourceError(f"cannot read {path}: {reason}") from None
@@ -353,7 +335,7 @@ def row_pieces(rows, text_field, where):
         missing = None if number > 1 else 0  # a first row tells whether there is a column
         text = row.get(text_field, missing) if isinstance(row, dict) else 0
         if isinstance(text, bytes):
-            text = text.decode(encoding_of(text), "count")
+            text = text.decode(encoding_of(text), "replace")
         if text is None:
             yield SKIPPED
         elif isinstance(text, str):
@@ -567,9 +549,9 @@ def prepare(config):
 
 def write_data(config, folder):
     """Begin a data set, or go on with it."""
-    progress, undecodable = read_progress(config), Undecodable()
+    progress, damaged = read_progress(config), {}
     encoding = get_tokenizer(config.tokenizer)
-    version, changed, n_bytes, pieces = open_source(config, progress, undecodable)
+    version, changed, n_bytes, pieces = open_source(config, progress, damaged)
     recipe = recipe_of(config, encoding, version)
     if progress:
         check_same(config, progress["of"], recipe)
@@ -588,10 +570,11 @@ def write_data(config, folder):
         write_json(f"{folder}/progress.json", progress)  # makes the shards to come our own
     tokenise = Tokeniser(encoding, config.val_fraction)
     splits = write_shards(folder, progress, pieces, n_bytes, tokenise, config.workers or cores())
-    warning = undecodable.worst()
     write_manifest(folder, progress, splits)
-    if warning:
-        print(f"warning: {warning}", file=sys.stderr)
+    if damaged:
+        worst = max(damaged, key=damaged.get)
+        print(f"warning: {worst}: {100 * damaged[worst]:.2g}% of its characters are no UTF-8 and "
+              f"became U+FFFD (files with such in all: {len(damaged)})", file=sys.stderr)
 
 
 def write_shards(folder, progress, pieces, n_bytes, tokenise, workers):
