@@ -42,7 +42,7 @@ from model import (
     rope_tables,
     rotate,
 )
-from results import plot_synthetic
+from results import draw_analysis, plot_synthetic
 
 import numpy as np
 import pytest
@@ -2894,6 +2894,16 @@ def test_what_only_some_seeds_measured_is_left_out_of_the_figure(tuned, capsys):
         json.dump(result, open(path, "w"))
         plot_synthetic.main(tuned)
         assert "written to results/synthetic.png" in capsys.readouterr().out
+
+
+def test_the_figures_of_the_analysis_are_drawn_from_its_results(tmp_path, monkeypatch):
+    for path in glob.glob(f"{HERE}/results/analysis/*.json"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(draw_analysis, "FOLDER", str(tmp_path))
+    draw_analysis.main()
+    drawn = {path.stem for path in tmp_path.glob("*.png")}
+    measured = {path.stem for path in tmp_path.glob("*.json")} & {*drawn}
+    assert drawn == measured | {"rate_distortion_mark"} and len(drawn) == 7
 
 
 # --------------------------------------------------------------------------------------
