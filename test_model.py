@@ -43,7 +43,7 @@ from model import (
     rope_tables,
     rotate,
 )
-from results import plot_synthetic
+from results import draw_analysis, plot_synthetic
 
 import numpy as np
 import pytest
@@ -3049,6 +3049,30 @@ def test_runs_are_measured_tabled_and_drawn(tuned, capsys):
         assert len({line.count("|") for line in table.splitlines() if "|" in line}) <= 1
 
 
+def test_a_figure_has_the_panels_that_were_asked_for(tuned, monkeypatch):
+    drawn = texts_of_figures(monkeypatch)
+    plain = [path for path in tuned if "plain" in path]
+    plot_synthetic.main([*plain, "--show=seeds", "--title=What came out"])
+    assert {"What came out", "plain without marks", "plain with a fresh token"} <= drawn
+    drawn.clear()
+    plot_synthetic.main([*plain, "--show=length", "--panel=all: plain without marks|no such label"])
+    assert "plain without marks" in drawn and "plain with a fresh token" not in drawn
+    assert "--show=rows: expected length" in refusal(plot_synthetic.main, [*plain, "--show=rows"])
+    message = refusal(plot_synthetic.main, [*plain, "--panel=task: plain without marks"])
+    assert "no panel has any of the models" in message
+
+
+def test_a_panel_has_five_lines_at_most(monkeypatch):
+    study = os.path.join(HERE, "results/study.jsonl")
+    panels = plot_synthetic.panels_of(plot_synthetic.read([study], "main"))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: shown.append(figure))
+    shown = []
+    plot_synthetic.draw(panels, "none.png", ["length"], [], None)
+    figure, = shown
+    models = [len(ax.texts) - 2 for ax in figure.axes]  # "chance" and "training length"
+    assert sum(models) == sum(map(len, panels.values())) and max(models) == 5
+
+
 def test_a_label_is_never_taken_for_a_formula(tuned, monkeypatch):
     result = json.load(open(tuned[0])) | {"label": "a$b_$c"}
     with open("formula.json", "w") as file:
@@ -3147,6 +3171,16 @@ def test_what_only_some_seeds_measured_is_left_out_of_the_figure(tuned, capsys):
         json.dump(result, open(path, "w"))
         plot_synthetic.main(tuned)
         assert "written to results/synthetic.png" in capsys.readouterr().out
+
+
+def test_the_figures_of_the_analysis_are_drawn_from_its_results(tmp_path, monkeypatch):
+    for path in glob.glob(f"{HERE}/results/analysis/*.json"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(draw_analysis, "FOLDER", str(tmp_path))
+    draw_analysis.main()
+    drawn = {path.stem for path in tmp_path.glob("*.png")}
+    measured = {path.stem for path in tmp_path.glob("*.json")} & {*drawn}
+    assert drawn == measured | {"rate_distortion_mark"} and len(drawn) == 7
 
 
 # --------------------------------------------------------------------------------------

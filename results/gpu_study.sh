@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # The paper's figure 1, and the control that explains it, in ten minutes of one GPU:
 # pre-trains four models, tunes them on List Recall and draws results/synthetic.png.
-#
 #     SOURCE=novels results/gpu_study.sh    # a folder of text files, or a Hugging Face name
 #     SEED=2 results/gpu_study.sh           # another seed
 #     SMALL=1 results/gpu_study.sh          # tiny models on a CPU: a rehearsal of 3 minutes
@@ -44,6 +43,7 @@ together pre-training 2 <<< "pretrain gpt2 $plain
 pretrain meta $meta
 pretrain pause $meta --meta_attention=False
 pretrain deep $plain $deep"
+five="A GPT-2|B GPT-2, #|C pause|D meta|F deeper GPT-2, fresh token"
 task="--phase_steps=$steps" all="--phase_steps=$((2 * steps))"  # no mark tells there
 together tuning 4 <<< "tune pause task meta 'C pause' $task
 tune deep task fresh 'F deeper GPT-2, fresh token' $deep $task
@@ -56,5 +56,5 @@ tune gpt2 all fresh 'B GPT-2, fresh token' $all
 tune meta all meta 'D meta' $all
 tune gpt2 all meta 'E GPT-2, meta added' --add_meta $all
 tune deep all fresh 'F deeper GPT-2, fresh token' $deep $all"
-echo "python results/plot_synthetic.py results/?_*_list_recall_*_${length}_s${SEED}_$SEED.json" |
-    together drawing 1
+echo "python results/plot_synthetic.py results/?_*_list_recall_*_${length}_s${SEED}_$SEED.json \
+    --show=length --panel='task: $five'" | together drawing 1

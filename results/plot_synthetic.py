@@ -1,8 +1,8 @@
-"""Draws the accuracy that eval_synthetic.py measured, and prints it as tables.
+"""Draw the accuracy that eval_synthetic.py measured, and print it as tables.
 
     python results/plot_synthetic.py results/out_*.json
-    python results/plot_synthetic.py results/study.jsonl --out=results/study.png
-    python results/plot_synthetic.py results/study.jsonl --part=beyond
+    python results/plot_synthetic.py results/study.jsonl --show=seeds --out=study.png
+    python results/plot_synthetic.py results/study.jsonl --panel="all: D meta|C pause"
 
 A .json file holds one result. A .jsonl file holds a study: one result a line, each with
 the part of the study that it belongs to. Results of one label are one model's seeds.
@@ -294,27 +294,96 @@ def difference_cell(a, b, length):
 # --------------------------------------------------------------------------------------
 # Figure
 
-def draw(panels, path):
-    """A row for each panel: the test over length, and validation over tuning steps."""
-    figure = Figure(figsize=(11, 0.8 + 4 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 2, sharey=True, squeeze=False)
-    labels = list(dict.fromkeys(itertools.chain(*panels.values())))
-    legend = {}
-    for (left, right), ((task, placement), panel) in zip(axes, panels.items()):
-        for label, group in panel.items():
-            color = f"C{labels.index(label)}"
-            draw_seeds(left, [exact_by_length(result) for result in group], color, label)
-            draw_seeds(right, [exact_by_step(result) for result in group], color, label)
-        draw_chance(left, tests_of(panel))
-        left.set(title=f"{task.replace('_', ' ')}, {PLACES[placement]}: test",
-                 xlabel="evaluation length (tokens)", ylabel="exact match (%)")
-        right.set(title="validation at the training length", xlabel="fine-tuning step")
-        for length in {group[0]["train_length"] for group in panel.values()}:
-            left.axvline(length, color="gray", linestyle=":", label="training length")
-        handles, names = left.get_legend_handles_labels()
-        legend |= dict(zip(names, handles))
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3)
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#8A4FA3", "#333333")
+LINES = ("-", "--", "-.", (0, (7, 2)), (0, (3, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v")
+MOST = len(COLORS)                  # lines in a panel
+GAP = 7                             # between two names, in points of exact match
+
+
+def draw(panels, path, views, choices, title):
+    """Draw each panel in each view. choices: (placement, labels) of the panels."""
+    drawn = []
+    for (task, placement), panel in panels.items():
+        groups = [labels for place, labels in choices if place == placement]
+        if not choices:
+            size = len(panel) if views == ["seeds"] else MOST
+            groups = [list(panel)[i:i + size] for i in range(0, len(panel), size)]
+        for labels in groups:
+            part = {label: panel[label] for label in labels if label in panel}
+            name = f"{task.replace('_', ' ')}, {PLACES[placement]}"
+            drawn += [(name, part, view) for view in views if part]
+    if not drawn:
+        raise SystemExit("error: no panel has any of the models that --panel= names")
+    n_columns, height = (1, 2.1) if views == ["seeds"] else (min(2, len(drawn)), 3.7)
+    n_rows = math.ceil(len(drawn) / n_columns)
+    figure = Figure(figsize=(8.4, 0.4 + height * n_rows), layout="constrained")
+    for i, (name, part, view) in enumerate(drawn, start=1):
+        ax = figure.add_subplot(n_rows, n_columns, i)
+        VIEWS[view](ax, part)
+        ax.set_title(name, fontsize="medium")
+        ax.tick_params(labelsize="small")
+        ax.grid(alpha=0.3)
+    figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def draw_lengths(ax, panel):
+    """The test at each length."""
+    tests = tests_of(panel)
+    result = next(iter(panel.values()))[0]
+    unit = "bytes" if result["run"]["stream"]["tokenizer"] == "bytes" else "tokens"
+    draw_curves(ax, panel, exact_by_length, {n: test["chance"] for n, test in tests.items()})
+    ax.set(xlabel=f"prompt length ({unit})", ylabel="test: exact match (%)")
+    ax.set_xticks(list(tests))
+    for length in {group[0]["train_length"] for group in panel.values()}:
+        ax.axvline(length, color="gray", linestyle=":")
+        ax.annotate("training length", (length, 50), (-12, 0), textcoords="offset points",
+                    rotation=90, va="center", color="gray", fontsize="small")
+
+
+def draw_steps(ax, panel):
+    """Validation at the training length, over the steps of fine-tuning."""
+    steps = [step for group in panel.values() for step in exact_by_step(group[0])]
+    draw_curves(ax, panel, exact_by_step, dict.fromkeys(sorted(steps), chance_of(panel)))
+    ax.set(xlabel="step of fine-tuning", ylabel="validation: exact match (%)")
+
+
+def draw_seeds(ax, panel):
+    """The test at the training length: a row for each model, a dot for each seed."""
+    for row, group in enumerate(panel.values()):
+        for i, result in enumerate(group):
+            exact = exact_by_length(result).get(result["train_length"], math.nan)
+            ax.plot(100 * exact, row, MARKERS[i % MOST], color=COLORS[i % MOST], alpha=0.8)
+    ax.axvline(100 * chance_of(panel), color="black", linestyle=":")
+    ax.annotate(" chance", (100 * chance_of(panel), -0.6), va="center", fontsize="small")
+    ax.set_yticks(range(len(panel)), labels=list(panel))
+    ax.set(xlim=(-3, 103), ylim=(len(panel) - 0.4, -1),
+           xlabel="test at the training length: exact match (%), a dot for each seed")
+
+
+VIEWS = {"length": draw_lengths, "steps": draw_steps, "seeds": draw_seeds}
+
+
+def draw_curves(ax, panel, curve_of, chance):
+    """The mean over seeds as a line, each seed as a dot, and the names at the right."""
+    curves = {label: list(map(curve_of, group)) for label, group in panel.items()}
+    styles = zip(("black", *COLORS), (":", *LINES), ("", *MARKERS))
+    names = []
+    for (label, seeds), style in zip([("chance", [chance]), *curves.items()], styles):
+        color, line_style, marker = style
+        x = sorted(set(seeds[0]).intersection(*seeds))
+        percent = np.array([[100 * curve[at] for at in x] for curve in seeds])  # (seeds, x)
+        if x:
+            ax.plot(x, percent.mean(axis=0), color=color, linestyle=line_style, linewidth=2)
+            ax.plot(x, percent.T, linestyle="", marker=marker, color=color, alpha=0.8)
+            names.append((percent[:, -1].mean(), label, color, marker))
+    ax.set_ylim(-3, 103)
+    at, right = -math.inf, ax.get_yaxis_transform()  # x in widths of the panel
+    for y, label, color, marker in sorted(names):
+        at = max(y, at + GAP)
+        ax.plot(1.06, at, marker=marker, color=color, transform=right, clip_on=False)
+        ax.annotate(label, (1.1, at), xycoords=right, va="center", color=color, fontsize="small")
 
 
 def exact_by_length(result):
@@ -325,39 +394,34 @@ def exact_by_step(result):
     return {point["step"]: point["exact"] for point in result["validation"]}
 
 
-def draw_seeds(ax, curves, color, label):
-    """Each seed thin and their mean thick, where all seeds have a point."""
-    x = sorted(set(curves[0]).intersection(*curves))
-    percent = np.array([[100 * curve[at] for at in x] for curve in curves])  # (seeds, x)
-    if len(curves) > 1:
-        ax.plot(x, percent.T, color=color, linewidth=0.7)
-    ax.plot(x, percent.mean(axis=0), color=color, linewidth=2.5, marker="o", markersize=3,
-            label=label)
-    ax.set_ylim(-3, 103)
-    ax.grid(alpha=0.3)
-
-
-def draw_chance(ax, tests):
-    chance = [100 * test["chance"] for test in tests.values()]
-    ax.plot(list(tests), chance, color="black", linestyle="--", label="chance")
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(list(tests), labels=list(map(str, tests)))
-    ax.minorticks_off()
+def chance_of(panel):
+    length = next(iter(panel.values()))[0]["train_length"]
+    return tests_of(panel)[length]["chance"]
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", metavar="FILE", help="results, .json or .jsonl")
-    parser.add_argument("--part", default="main", help="the part of a study to show (main)")
-    parser.add_argument("--out", default="results/synthetic.png", help="where to draw")
+    add = parser.add_argument
+    add("files", nargs="*", metavar="FILE", help="results, .json or .jsonl")
+    add("--part", default="main", help="the part of a study to show (main)")
+    add("--out", default="results/synthetic.png", help="where to draw")
+    add("--show", default="length,steps", help="what to draw: length, steps or seeds")
+    add("--panel", action="append", default=[], metavar="PLACEMENT: LABEL|LABEL",
+        help="draw only these models of task, all, random or none (again: another panel)")
+    add("--title", help="the message of the figure")
     args = parser.parse_args(argv)
     if not args.files:
         raise SystemExit("error: name results to plot, such as results/study.jsonl")
+    views = args.show.split(",")
+    if not VIEWS.keys() >= set(views):
+        raise SystemExit(f"error: --show={args.show}: expected {', '.join(VIEWS)}")
     rcParams["text.parse_math"] = False         # a $ in a label is no formula
     panels = panels_of(read(args.files, args.part))
     print("\n".join(tables(panels)))
-    draw(panels, args.out)
+    choices = [choice.partition(": ")[::2] for choice in args.panel]
+    choices = [(placement, labels.split("|")) for placement, labels in choices]
+    draw(panels, args.out, views, choices, args.title)
     print(f"\nwritten to {args.out}")
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the study of README's "Results": pre-trains the models, tunes them, measures, draws.
+# Makes the study of results/study.md: pre-trains the models, tunes them, measures, draws.
 #     results/study.sh                                        # days of two cores
 #     SEEDS="1 2" JOBS=4 results/study.sh                     # two seeds, four jobs at a time
 #     LIST=1 results/study.sh                                 # only list the jobs
@@ -96,5 +96,5 @@ for seed in $seeds; do runs "$seed"; done | run
 mv "results/$name.jsonl.new" "results/$name.jsonl"
 tail -n 1 "$OUT"/*_s?/log.jsonl > "results/${name}_pretraining.txt"
 plot="python results/plot_synthetic.py results/$name.jsonl"
-$plot --out="results/$name.png"
-if [ "$name" = study ]; then $plot --part=beyond --out=results/study_beyond.png; fi
+$plot --show=seeds --out="results/$name.png"
+if [ "$name" = study ]; then $plot --part=beyond --show=length --out=results/study_beyond.png; fi
