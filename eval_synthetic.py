@@ -16,12 +16,12 @@ meta-token (--marker=meta), a token that the model never saw (fresh), or a plain
 
     task      at the unit in question (in List Recall also after "Answer:"), as in the
               paper: they tell which unit matters
-    all       at every unit alike: they tell nothing
+    all       at every unit alike (and after "Answer:"): they tell nothing
     random    as many as with `task`, anywhere
     none      nowhere
 
-The text of an example is the same whatever its marks. So its "length" is the number of
-tokens that it has with --placement=all. With fewer marks it has fewer tokens than that.
+The text of an example is the same whatever its marks. To make it so, its "length" is
+the number of tokens with --placement=all; with fewer marks it has fewer than that.
 "exact" is the share of examples whose answer is right in every token.
 
 Writes results/<name>.json, and the fine-tuned model to <out_dir>/<name>.pt. The same
@@ -172,10 +172,10 @@ def length_of(text, encoding):
 
 @cache
 def min_length(task, encoding):
-    """The shortest length of an example: any unit, with question and answer, fits.
+    """The tokens of the longest unit with its question and answer.
 
-    The longest of 500 draws is the longest there is: in every task, at least one draw
-    in 45 is as long.
+    No example may be shorter, so that any unit fits. 500 draws are sure to have the
+    longest: in every task, at least one draw in 45 is as long.
     """
     rng = np.random.default_rng(0)
     units = [TASKS[task](NAMES[0], ITEMS[0], rng) for _ in range(500)]
@@ -186,6 +186,7 @@ def filler(n, rng, encoding):
     """A line of n tokens without information."""
     if n == 0:
         return ""
+    # rest: 0 with GPT-2's BPE; with bytes up to 3, filled by newlines
     n_words, rest = divmod(n - 1, length_of(" cat", encoding))
     return "".join(f" {word}" for word in rng.choice(ITEMS, n_words)) + "\n" * (rest + 1)
 
@@ -208,6 +209,7 @@ def make_example(stream, shortest, longest, rng):
     word = str(rng.choice(ITEMS))
     length = rng.integers(max(shortest, min_length(stream.task, encoding)), longest + 1)
     asked = draw_unit(name, word, rng)
+    # Token counts add up, since no token reaches across two lines or a MARK
     room = length - length_of(asked.text + asked.question + asked.answer, encoding)
 
     others, offers = [], set(asked.offers)
@@ -265,9 +267,9 @@ def split_of(prompt):
 def draw(stream, split, longest, number, exactly=None):
     """Example `number` of a split, of more than longest/2 and at most longest tokens.
 
-    If `exactly` is given, it has that length, and `longest` is only a part of the seed,
-    so that each phase has its own examples. An example depends on these arguments
-    alone. It is drawn again until it is in the split.
+    If `exactly` is given, it has that length, and `longest` is used in the seed alone.
+    An example depends on these arguments only. It is drawn again until it is in the
+    split.
     """
     bounds = (longest // 2 + 1, longest) if exactly is None else (exactly, exactly)
     seed = stream.seed if split == "train" else TEST_SEED
@@ -301,8 +303,9 @@ def draw_split(pool, stream, split, length, n):
 
 
 def start_worker():
-    """Make a worker end with its parent, and leave Ctrl-C to it."""
+    """Make a worker end with its parent, and leave signals to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = os.getppid()
 
     def end_with_parent():
@@ -417,8 +420,8 @@ def ablated(model, row):
     whole, hooks = model.config, []
     model.config = replace(whole, **ABLATIONS.get(row, {}))
     if row == "no_pos_meta":
-        # Replace the rope of block.meta_attn(x, rope) by that of position 0. Its shape,
-        # (1, 1, 1, hs/2), serves all meta-tokens
+        # Block calls meta_attn(x, rope, cache). Give it x, the rope of position 0, and
+        # no cache, as none is in use here. The rope's shape, (1, 1, 1, hs/2), serves all
         position = torch.zeros(1, 1, device=model.lm_head.weight.device)
         rope = rope_tables(whole, position)
         hooks = [block.meta_attn.register_forward_pre_hook(lambda _, args: (args[0], rope))
@@ -434,11 +437,11 @@ def ablated(model, row):
 def answer_states(model, x, at, device, caches=None):
     """Hidden states (B, A, C) of x (B, T) at positions `at` (B, A), both on the CPU.
 
-    caches: see GPT.hidden_states.
+    caches: see GPT.hidden_states. Only recall.py gives any, to hide tokens.
     """
     n_meta = 0
     if model.config.meta_id is not None:
-        # The most meta-tokens in a row. hidden_states would count on the GPU, and wait
+        # The most that any example has. hidden_states would count on the GPU, and wait
         n_meta = int((x == model.config.meta_id).sum(1).max())
     h = model.hidden_states(x.to(device, non_blocking=True), n_meta, caches)  # (B, T, C)
     at = at.to(device, non_blocking=True).unsqueeze(-1)                  # (B, A, 1)
@@ -583,14 +586,14 @@ def fine_tune(run, saved, pool, machine):
             print_step(run, progress, minutes_a_step)
         is_over = step >= run.steps or 0 < config.max_minutes <= progress.minutes
         is_validation_due = is_over or step % config.val_interval == 0
-        has_new_steps = len(progress.losses) > 0  # no: at step 0, or resumed at a validation
+        has_new_steps = len(progress.losses) > 0  # since the last validation, which clears them
         if is_validation_due and has_new_steps:
             exact, loss = validate(model, validation, progress, config.train_length, machine)
             is_solved = exact >= SOLVED and progress.phase == run.phases[-1]
             is_over = is_over or (config.stop_solved and is_solved)
             save(run, optimizer, scaler, progress, loss, float(norm), is_over)
         if stop_request.signal:
-            if has_new_steps and not is_validation_due:  # or it is saved already
+            if has_new_steps and not is_validation_due:  # else this state is saved already
                 save(run, optimizer, scaler, progress, progress.train_loss(), float(norm), is_over)
             raise SystemExit(f"stopped at step {step}; {GO_ON} from there")
         if is_over:
@@ -734,12 +737,12 @@ class Run:
 
     def lock(self):
         """Keep other processes from these files while what this returns is kept."""
-        return prepare.lock(f"{self.checkpoint}.lock", f"{self.result} is being made by another "
+        return prepare.lock(f"{self.result}.lock", f"{self.result} is being made by another "
                             "process: wait for it, or name another --label=")
 
     def forget(self):
         """Remove what an earlier run left in these files."""
-        os.makedirs(self.config.out_dir, exist_ok=True)
+        os.makedirs("results", exist_ok=True)
         _lock = self.lock()
         for path in (self.result, self.checkpoint):
             with suppress(FileNotFoundError):
@@ -750,6 +753,7 @@ class Run:
         if not os.path.exists(path):
             return None
         found = self.config.checked(load, path)
+        # "a b" and "a_b" have the same file name. Older checkpoints have no label
         is_label_same = found.get("label", self.label) == self.label
         if found.get("run") != self.identity or not is_label_same:
             raise SystemExit(f"error: {path} is of other settings: name another --label=, or "

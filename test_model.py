@@ -1937,10 +1937,12 @@ def test_the_best_loss_is_of_todays_data(prepared, capsys):
     assert checkpoint.load("out")["best_val_loss"] == 0.0
     assert capsys.readouterr().err == ""
     for change in ("--dataset=other", "--eval_tokens=58"):
-        checkpoint.save("out/ckpt.pt", saved | {"best_val_loss": 0.0})
-        train_small("--max_iters=4", "--init_from=resume", change)
-        assert "the data are not those before: the best loss" in capsys.readouterr().err
-        assert checkpoint.load("out/best.pt")["step"] == 4
+        for steps in (4, 2):  # a finished run, too, is evaluated on them
+            checkpoint.save("out/ckpt.pt", saved | {"best_val_loss": 0.0})
+            train_small(f"--max_iters={steps}", "--init_from=resume", change)
+            assert "are not those before: the best loss" in capsys.readouterr().err
+            assert checkpoint.load("out/best.pt")["step"] == steps
+            assert checkpoint.load("out")["best_val_loss"] > 0
 
 
 def test_a_run_of_an_older_version_is_resumed(prepared):
@@ -1954,6 +1956,22 @@ def test_a_run_of_an_older_version_is_resumed(prepared):
     assert [e["step"] for e in losses_by_step("out")] == [
         e["step"] for e in losses_by_step("whole")]
     assert read_log()[-1]["text_tokens"] == read_log("whole")[-1]["text_tokens"]
+
+
+def test_a_run_stopped_between_two_lines_is_resumed_with_fewer_steps(prepared, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "StopRequest", StopAt(3))
+        with pytest.raises(SystemExit, match="130"):
+            train_small("--log_interval=10")
+    train_small("--init_from=resume", "--max_iters=3", "--log_interval=3")
+    assert checkpoint.load("out")["step"] == checkpoint.load("out")["evaluated"] == 3
+
+
+def test_a_resumed_run_gets_no_meta_tokens(prepared):
+    train_plain("--max_iters=2")
+    message = refusal(train_small, "--out_dir=plain", "--init_from=resume", "--dataset=d",
+                      "--meta_rate=0.1", "--meta_attention=False")
+    assert "meta_rate=0.1: a resumed run gets no meta-tokens" in message
 
 
 def test_a_finished_run_says_why_it_does_not_go_on(prepared, capsys):
@@ -3110,7 +3128,7 @@ def test_what_is_tuned_already_is_not_tuned_again(tuned, capsys):
 
 def test_two_tunings_do_not_share_a_file(tuned):
     run = eval_synthetic.Run(settings.load(["--init_from=ape.pt", *TUNE, "--task_lr=1e-3"]))
-    with held_elsewhere(f"{run.checkpoint}.lock"):
+    with held_elsewhere(f"{run.result}.lock"):
         message = refusal(eval_synthetic.main, ["--init_from=ape.pt", *TUNE, "--task_lr=1e-3"])
         assert message.startswith(f"error: {tuned[1]} is being made by another process")
 

@@ -94,8 +94,9 @@ def blocks_of_samples(samples, n_blocks, seed):
 def micro_batches(blocks, first_sample, batch_size, accumulation, seed, rank, world):
     """Yield this process's micro-batches (x, y) endlessly, from a sample on.
 
-    A step has `accumulation` of them, dealt out to the processes in turn. Their
-    contents depend only on the seed, the samples before and their number in the step.
+    A step has `accumulation` of them, dealt out to the processes in turn. What one
+    reads depends only on the seed, on how many samples were read before the step, and
+    on its index in the step.
     """
     while True:
         for index_in_step in range(rank, accumulation, world):
@@ -201,7 +202,9 @@ def evaluate(model, blocks, eval_tokens, batch_size, machine):
         y[len(own):] = -1
         with machine.autocast():
             loss = model(x.to(machine.device), y.to(machine.device), blocks.n_meta)[1]
-        total += loss * len(own)  # every block has text_per_block targets that are text
+        # A mean over the text targets, of which each block has text_per_block: it
+        # begins with text, as does the next block, so shifting by one changes nothing
+        total += loss * len(own)
     model.train()
     total, count = machine.all_reduce([total.item(), len(numbers)])
     return total / count
@@ -257,7 +260,7 @@ def open_trained(config, path, given):
         if name == "meta_attention" and model.config.meta_id is None:
             continue  # leave it as asked: open_model may still add meta-attention
         if name == "block_size" and name in given:
-            continue  # of a model with learned positions it counts those, and is no less
+            continue  # with learned positions, the model's may be larger than the blocks
         setattr(config, name, getattr(model.config, name))
     for name, before in saved.get("model_config", {}).items():  # OpenAI's GPT-2 has none
         after = getattr(model.config, name)
@@ -274,8 +277,9 @@ def open_trained(config, path, given):
 def load_saved(config):
     """(model, checkpoint, path) of out_dir, or of the --init_from= that was typed.
 
-    A config file does not count: its init_from=gpt2 says what training started from,
-    but what it produced is in out_dir. Only its tokenizer must be the checkpoint's.
+    The init_from and architecture in a config file do not count: gpt2 there says what
+    training started from, and out_dir has what it produced. Its tokenizer must be the
+    checkpoint's. The path tells the other scripts which checkpoint it is.
     """
     given = config.given_values(["tokenizer"]) | config.typed_values(checkpoint.ARCHITECTURE)
     if config.typed("init_from") and config.init_from not in ("resume", "scratch"):
@@ -320,6 +324,10 @@ def open_model(config, manifest, trained):
         return GPT(new_model_config(config, manifest["text_vocab_size"]))
     if trained.config.meta_id is None:
         if config.meta_rate > 0:
+            if config.init_from == "resume":
+                raise config.error(f"meta_rate={config.meta_rate}: a resumed run gets no "
+                                   f"meta-tokens; name --init_from={config.out_dir} and a new "
+                                   "--out_dir=")
             return trained.with_meta_tokens(manifest["meta_id"], config.meta_attention)
         # A plain model on plain text: meta_attention=True is the default, and an error
         # only if somebody asked for it.
@@ -354,13 +362,13 @@ class Progress:
     """How far a run has come. Its checkpoints hold it."""
     step: int = 0
     samples: int = 0           # blocks read
-    text_tokens: int = 0       # in them
+    text_tokens: int = 0       # text tokens in them
     minutes: float = 0.0
     best_val_loss: float = math.inf
-    best_step: int = -1        # its step
+    best_step: int = -1        # the step of best.pt
     evaluated: int = -1        # the step of the last evaluation
-    logged: int = 0            # the step at which the log last told the loss
-    loss_sum: float = 0.0      # of the losses since then
+    logged: int = 0            # the step of the last line that told the training loss
+    loss_sum: float = 0.0      # the sum of the losses since that step
 
 
 def saved_progress(saved, data, text_per_block):
@@ -373,10 +381,12 @@ def saved_progress(saved, data, text_per_block):
         progress.samples = progress.step * blocks_per_step
         progress.text_tokens = progress.samples * text_per_block
         progress.evaluated = progress.logged = progress.step
+        progress.best_step = 0  # or later: nothing depends on which it was
     elif saved["data"] != data:
         progress.best_val_loss, progress.best_step = math.inf, -1
         if is_first_process():
-            print("the data are not those before: the best loss starts anew", file=sys.stderr)
+            print("the data or eval_tokens are not those before: the best loss starts anew",
+                  file=sys.stderr)
     return progress
 
 
@@ -402,13 +412,14 @@ def claim(config, machine, progress):
         f"{config.out_dir} is in use by another run: wait for it, or name another --out_dir=")
     if config.init_from != "resume":
         checkpoint.remove_run(config.out_dir)
-    elif progress.best_step == progress.step:  # a kill may have come just before this
+    elif progress.best_step == progress.step:
+        # The run may have been killed between saving ckpt.pt and making it best.pt
         checkpoint.keep_best(config.out_dir)
     return lock
 
 
 def train(config):
-    # Where, on what, from what
+    # The machine, the checkpoint to start from, the data
     if config.init_from == "resume":
         # Restore its settings first, as all that follows depends on them
         saved_settings = config.checked(checkpoint.load, config.out_dir)["settings"]
@@ -423,8 +434,8 @@ def train(config):
         path = config.out_dir if config.init_from == "resume" else config.init_from
         given = config.given_values(COMPARED_WITH_CHECKPOINT)
         if config.init_from == "resume":
-            # Restored settings do not count as given. This one must: of a model with
-            # learned positions it may be less than there are
+            # Restored settings do not count as given. Pass this one on, or open_trained
+            # would set it to the number of learned positions, of which it may use fewer
             given["block_size"] = config.block_size
         trained, saved = open_trained(config, path, given)
     manifest = open_data(config, machine)
@@ -455,12 +466,13 @@ def train(config):
                       machine.world), machine.device)
     blocks_per_step = config.gradient_accumulation_steps * config.batch_size
     tokens_per_step = blocks_per_step * config.block_size
-    _lock = claim(config, machine, progress)  # until this function ends
+    _lock = claim(config, machine, progress)  # held until this function ends
     log = checkpoint.Log(config.out_dir, progress, is_on=machine.rank == 0)
     write_header(log, config, machine, raw_model, train_blocks, progress, tokens_per_step)
     flops_per_token = raw_model.flops_per_token(config.block_size, train_blocks.n_meta)
     speed = Speed(first_step, tokens_per_step, flops_per_token, machine.peak_flops())
     stop_request, started = StopRequest(), time.monotonic()
+    # Of this process. In `progress` it is the mean over the processes
     loss_sum = torch.full((), progress.loss_sum, device=machine.device)
     norm = lr = 0.0
 
@@ -472,9 +484,9 @@ def train(config):
             [stop_request.look(), minutes], dist.ReduceOp.MAX)
         done = step >= config.max_iters or 0 < config.max_minutes <= progress.minutes
         is_eval_due = step % config.eval_interval == 0 or done
-        if progress.evaluated == step:  # before the run was stopped and resumed
-            is_eval_due = False
-        is_log_due = step > progress.logged and (step % config.log_interval == 0 or is_eval_due)
+        if progress.evaluated == step and progress.best_step >= 0:
+            is_eval_due = False         # done already, before the run was resumed
+        is_log_due = step > first_step and (step % config.log_interval == 0 or is_eval_due)
 
         if is_log_due or stop_signal:
             [total] = machine.all_reduce([loss_sum.item()])
@@ -521,9 +533,8 @@ def train(config):
 
     stop_request.restore()
     if stop_signal:
-        # 128 + signal is what a shell expects: `train.py && next` does not go on.
-        # torchrun kills all processes when one fails, so only the first returns it: it
-        # has saved by now.
+        # 128 + signal is what a shell expects: `train.py && next` does not go on. If
+        # another process failed first, torchrun would kill the one that saves.
         raise SystemExit(128 + int(stop_signal) if machine.rank == 0 else 0)
     if progress.step == first_step:
         log.say(f"nothing is left to do after {first_step} steps and {minutes_before:.1f} minutes: "
