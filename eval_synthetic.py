@@ -14,11 +14,12 @@ and a question about one of them. Marks stand at some places in it. A mark is th
 meta-token (--marker=meta), a token that the model never saw (fresh), or a plain '#'
 (text). --placement says where the marks are:
 
-    task      at the unit in question (in List Recall also after "Answer:"), as in the
-              paper: they tell which unit matters
-    all       at every unit alike (and after "Answer:"): they tell nothing
+    task      at the unit in question, as in the paper: they tell which unit matters
+    all       at every unit alike: they tell nothing
     random    as many as with `task`, anywhere
     none      nowhere
+
+In List Recall, `task` and `all` also have one after "Answer:".
 
 The text of an example is the same whatever its marks. To make it so, its "length" is
 the number of tokens with --placement=all; with fewer marks it has fewer than that.
@@ -209,7 +210,8 @@ def make_example(stream, shortest, longest, rng):
     word = str(rng.choice(ITEMS))
     length = rng.integers(max(shortest, min_length(stream.task, encoding)), longest + 1)
     asked = draw_unit(name, word, rng)
-    # Token counts add up, since no token reaches across two lines or a MARK
+    # Token counts add up: no token reaches across a MARK or the end of a line. (GPT-2's
+    # "\n\n" does not arise: its BPE splits off the newline before the next line's text)
     room = length - length_of(asked.text + asked.question + asked.answer, encoding)
 
     others, offers = [], set(asked.offers)
@@ -303,9 +305,8 @@ def draw_split(pool, stream, split, length, n):
 
 
 def start_worker():
-    """Make a worker end with its parent, and leave signals to it."""
+    """Make a worker end with its parent, and leave Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent = os.getppid()
 
     def end_with_parent():
@@ -421,7 +422,7 @@ def ablated(model, row):
     model.config = replace(whole, **ABLATIONS.get(row, {}))
     if row == "no_pos_meta":
         # Block calls meta_attn(x, rope, cache). Give it x, the rope of position 0, and
-        # no cache, as none is in use here. The rope's shape, (1, 1, 1, hs/2), serves all
+        # no cache, as none is in use. Its shape, (1, 1, 1, hs/2), serves all of them
         position = torch.zeros(1, 1, device=model.lm_head.weight.device)
         rope = rope_tables(whole, position)
         hooks = [block.meta_attn.register_forward_pre_hook(lambda _, args: (args[0], rope))
@@ -586,14 +587,16 @@ def fine_tune(run, saved, pool, machine):
             print_step(run, progress, minutes_a_step)
         is_over = step >= run.steps or 0 < config.max_minutes <= progress.minutes
         is_validation_due = is_over or step % config.val_interval == 0
-        has_new_steps = len(progress.losses) > 0  # since the last validation, which clears them
+        # False at step 0, and just after resuming from a validation: that state needs
+        # neither validation nor saving
+        has_new_steps = len(progress.losses) > 0
         if is_validation_due and has_new_steps:
             exact, loss = validate(model, validation, progress, config.train_length, machine)
             is_solved = exact >= SOLVED and progress.phase == run.phases[-1]
             is_over = is_over or (config.stop_solved and is_solved)
             save(run, optimizer, scaler, progress, loss, float(norm), is_over)
         if stop_request.signal:
-            if has_new_steps and not is_validation_due:  # else this state is saved already
+            if has_new_steps and not is_validation_due:  # else saved above, or nothing new
                 save(run, optimizer, scaler, progress, progress.train_loss(), float(norm), is_over)
             raise SystemExit(f"stopped at step {step}; {GO_ON} from there")
         if is_over:

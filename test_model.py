@@ -2195,6 +2195,15 @@ def test_eval_only_remembers_that_a_model_has_no_meta_tokens(prepared, capsys):
     assert "meta_rate=0.1, but the checkpoint has no meta-tokens" in message
 
 
+def test_eval_only_reads_blocks_shorter_than_the_learned_positions(prepared, capsys):
+    save_model("long.pt", block_size=64, pos="absolute", n_layer=2)
+    train_small("--init_from=long.pt", "--max_iters=2", "--pos=absolute")
+    best = checkpoint.load("out")["best_val_loss"]
+    train.main(["--eval_only", "--dataset=d", "--eval_tokens=128", "--batch_size=2",
+                "--device=cpu", "--dtype=float32"])
+    assert f"validation {best:.4f}" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_damaged_lines_of_a_log_are_left_out(prepared):
     train_small("--max_iters=4")
     with open("out/log.jsonl", "ab") as file:

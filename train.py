@@ -202,8 +202,8 @@ def evaluate(model, blocks, eval_tokens, batch_size, machine):
         y[len(own):] = -1
         with machine.autocast():
             loss = model(x.to(machine.device), y.to(machine.device), blocks.n_meta)[1]
-        # A mean over the text targets, of which each block has text_per_block: it
-        # begins with text, as does the next block, so shifting by one changes nothing
+        # Each block has text_per_block text targets: y drops the block's first token
+        # and gains the next block's, and both are text
         total += loss * len(own)
     model.train()
     total, count = machine.all_reduce([total.item(), len(numbers)])
@@ -277,13 +277,14 @@ def open_trained(config, path, given):
 def load_saved(config):
     """(model, checkpoint, path) of out_dir, or of the --init_from= that was typed.
 
-    The init_from and architecture in a config file do not count: gpt2 there says what
-    training started from, and out_dir has what it produced. Its tokenizer must be the
-    checkpoint's. The path tells the other scripts which checkpoint it is.
+    Only what was typed counts. A config file's init_from is what training started from,
+    say gpt2, and not the model that it left in out_dir. Its architecture does not count
+    either, but its tokenizer must be the checkpoint's.
     """
     given = config.given_values(["tokenizer"]) | config.typed_values(checkpoint.ARCHITECTURE)
     if config.typed("init_from") and config.init_from not in ("resume", "scratch"):
         return *open_trained(config, config.init_from, given), config.init_from
+    # The file: a folder's name might be taken for that of a GPT-2
     own_file = os.path.join(config.out_dir, "ckpt.pt")
     return *open_trained(config, own_file, given), config.out_dir
 
@@ -342,6 +343,8 @@ def evaluate_saved(config, machine):
     # The share and places of meta-tokens come from the checkpoint, if nobody asked for
     # others. The data set is the one that the settings name.
     config.remember(saved["settings"], ("meta_rate", "meta_placement"))
+    if not config.typed("block_size"):  # with learned positions it may be below the model's
+        config.block_size = saved["settings"].get("block_size", config.block_size)
     manifest = open_data(config, machine)
     if trained.config.meta_id is None and config.meta_rate > 0:
         raise config.error(f"meta_rate={config.meta_rate}, but the checkpoint has no meta-tokens: "
@@ -381,7 +384,7 @@ def saved_progress(saved, data, text_per_block):
         progress.samples = progress.step * blocks_per_step
         progress.text_tokens = progress.samples * text_per_block
         progress.evaluated = progress.logged = progress.step
-        progress.best_step = 0  # or later: nothing depends on which it was
+        progress.best_step = 0  # there is a best.pt; its true step is unknown, not needed
     elif saved["data"] != data:
         progress.best_val_loss, progress.best_step = math.inf, -1
         if is_first_process():
@@ -400,9 +403,10 @@ def name_data(manifest, eval_tokens):
 
 
 def claim(config, machine, progress):
-    """Make out_dir this run's. The first process returns a lock, which is to be kept.
+    """Make out_dir this run's, and remove what another left there unless it is resumed.
 
-    Raises SystemExit if another run is writing there.
+    The first process returns a lock, which is to be kept. Raises SystemExit if another
+    run is writing there.
     """
     if machine.rank > 0:
         return None
@@ -431,11 +435,11 @@ def train(config):
     check_start(config, machine.world)
     trained = saved = None
     if config.init_from != "scratch":
-        path = config.out_dir if config.init_from == "resume" else config.init_from
-        given = config.given_values(COMPARED_WITH_CHECKPOINT)
+        path, given = config.init_from, config.given_values(COMPARED_WITH_CHECKPOINT)
         if config.init_from == "resume":
-            # Restored settings do not count as given. Pass this one on, or open_trained
-            # would set it to the number of learned positions, of which it may use fewer
+            path = os.path.join(config.out_dir, "ckpt.pt")
+            # A model with learned positions may train on shorter blocks. So keep the
+            # restored block_size: open_trained would replace it by the model's
             given["block_size"] = config.block_size
         trained, saved = open_trained(config, path, given)
     manifest = open_data(config, machine)
@@ -485,7 +489,7 @@ def train(config):
         done = step >= config.max_iters or 0 < config.max_minutes <= progress.minutes
         is_eval_due = step % config.eval_interval == 0 or done
         if progress.evaluated == step and progress.best_step >= 0:
-            is_eval_due = False         # done already, before the run was resumed
+            is_eval_due = False         # done before the run was resumed, on the same data
         is_log_due = step > first_step and (step % config.log_interval == 0 or is_eval_due)
 
         if is_log_due or stop_signal:
@@ -533,8 +537,9 @@ def train(config):
 
     stop_request.restore()
     if stop_signal:
-        # 128 + signal is what a shell expects: `train.py && next` does not go on. If
-        # another process failed first, torchrun would kill the one that saves.
+        # 128 + signal is what a shell expects: `train.py && next` does not go on. The
+        # other processes return 0. At an error torchrun kills all, while the first may
+        # still be saving.
         raise SystemExit(128 + int(stop_signal) if machine.rank == 0 else 0)
     if progress.step == first_step:
         log.say(f"nothing is left to do after {first_step} steps and {minutes_before:.1f} minutes: "
