@@ -49,10 +49,6 @@ def load_trained(name, given):
             raise ValueError(f"{setting}={asked}, but the checkpoint has {found[setting]}: "
                              "leave it out, or train from scratch")
     changes = {setting: given[setting] for setting in MAY_CHANGE if setting in given}
-    window = model.config.block_size
-    if model.config.pos == "absolute" and changes.pop("block_size", window) > window:
-        raise ValueError(f"block_size={given['block_size']}, but the checkpoint has learned "
-                         f"positions for {window}")
     return model.reconfigured(**changes), checkpoint
 
 
@@ -151,10 +147,20 @@ def remove_run(out_dir):
 
 
 def load_optimizer(optimizer, scaler, checkpoint):
-    """Restore the moments and the loss scale, but keep today's decay and betas."""
+    """Restore the moments and the loss scale, but keep today's decay and betas.
+
+    Raises ValueError if the parameters are others, as with meta-tokens added.
+    """
+    refusal = ValueError("a resumed run keeps its parameters: to change them, name its checkpoint "
+                         "with --init_from=, and a new --out_dir=")
     today = [{name: group[name] for name in ("weight_decay", "betas", "fused")}
              for group in optimizer.param_groups]
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except ValueError:  # another number of parameters
+        raise refusal from None
+    if any(state["exp_avg"].shape != p.shape for p, state in optimizer.state.items()):
+        raise refusal
     for group, values in zip(optimizer.param_groups, today):
         group.update(values)
     if scaler.is_enabled() and checkpoint["scaler"]:  # empty if it was not float16 then

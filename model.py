@@ -423,11 +423,18 @@ class GPT(nn.Module):
     def reconfigured(self, **changes):
         """A copy, on the CPU, with changed settings that leave the parameters alone.
 
-        Such are block_size (but not with learned positions), yarn_scale, dropout,
-        zero_meta_pos and zero_meta_embd. Raises ValueError if they cannot be combined.
+        Such are block_size, yarn_scale, dropout, zero_meta_pos and zero_meta_embd. Only
+        learned positions are cropped, to a smaller block_size. Raises ValueError if it
+        is larger than they are, or if settings cannot be combined.
         """
-        model = GPT(replace(self.config, **changes))
-        model.load_state_dict(self.state_dict())
+        model, weights = GPT(replace(self.config, **changes)), self.state_dict()
+        if self.config.pos == "absolute":
+            n, n_wanted = self.config.block_size, model.config.block_size
+            if n_wanted > n:
+                raise ValueError(f"block_size={n_wanted}, but the checkpoint has learned "
+                                 f"positions for {n}")
+            weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:n_wanted]
+        model.load_state_dict(weights)
         return model
 
     @torch.no_grad()

@@ -1967,11 +1967,15 @@ def test_a_run_stopped_between_two_lines_is_resumed_with_fewer_steps(prepared, m
     assert checkpoint.load("out")["step"] == checkpoint.load("out")["evaluated"] == 3
 
 
-def test_a_resumed_run_gets_no_meta_tokens(prepared):
+def test_a_resumed_run_keeps_its_parameters(prepared):
     train_plain("--max_iters=2")
-    message = refusal(train_small, "--out_dir=plain", "--init_from=resume", "--dataset=d",
-                      "--meta_rate=0.1", "--meta_attention=False")
-    assert "meta_rate=0.1: a resumed run gets no meta-tokens" in message
+    more = ["--out_dir=plain", "--dataset=d", "--meta_rate=0.1", "--meta_attention=True"]
+    train_small("--max_iters=2", "--pos=absolute")
+    prepare.prepare(configure("--dataset=short", "--block_size=16"))
+    shorter = ["--pos=absolute", "--dataset=short", "--block_size=16"]
+    for change in (more, shorter):
+        message = refusal(train_small, "--init_from=resume", *change)
+        assert "a resumed run keeps its parameters" in message
 
 
 def test_a_finished_run_says_why_it_does_not_go_on(prepared, capsys):
@@ -2195,13 +2199,16 @@ def test_eval_only_remembers_that_a_model_has_no_meta_tokens(prepared, capsys):
     assert "meta_rate=0.1, but the checkpoint has no meta-tokens" in message
 
 
-def test_eval_only_reads_blocks_shorter_than_the_learned_positions(prepared, capsys):
+def test_learned_positions_are_cropped_to_a_shorter_window(prepared, capsys):
     save_model("long.pt", block_size=64, pos="absolute", n_layer=2)
-    train_small("--init_from=long.pt", "--max_iters=2", "--pos=absolute")
+    table = weights_of("long.pt")["transformer.wpe.weight"]
+    train_small("--init_from=long.pt", "--max_iters=0", "--pos=absolute")
+    assert torch.equal(weights_of("out")["transformer.wpe.weight"], table[:32])
     best = checkpoint.load("out")["best_val_loss"]
     train.main(["--eval_only", "--dataset=d", "--eval_tokens=128", "--batch_size=2",
                 "--device=cpu", "--dtype=float32"])
     assert f"validation {best:.4f}" in capsys.readouterr().out.splitlines()[-1]
+    train_small("--init_from=resume", "--max_iters=2", "--pos=absolute")
 
 
 def test_damaged_lines_of_a_log_are_left_out(prepared):

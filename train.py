@@ -259,8 +259,6 @@ def open_trained(config, path, given):
     for name in checkpoint.ARCHITECTURE:
         if name == "meta_attention" and model.config.meta_id is None:
             continue  # leave it as asked: open_model may still add meta-attention
-        if name == "block_size" and name in given:
-            continue  # with learned positions, the model's may be larger than the blocks
         setattr(config, name, getattr(model.config, name))
     for name, before in saved.get("model_config", {}).items():  # OpenAI's GPT-2 has none
         after = getattr(model.config, name)
@@ -277,14 +275,14 @@ def open_trained(config, path, given):
 def load_saved(config):
     """(model, checkpoint, path) of out_dir, or of the --init_from= that was typed.
 
-    Only what was typed counts. A config file's init_from is what training started from,
-    say gpt2, and not the model that it left in out_dir. Its architecture does not count
-    either, but its tokenizer must be the checkpoint's.
+    A config file describes how training began: its init_from may be gpt2, and its
+    architecture the one of that start. So only the command line's count here. The
+    tokenizer counts wherever it is given, and must be the checkpoint's.
     """
     given = config.given_values(["tokenizer"]) | config.typed_values(checkpoint.ARCHITECTURE)
     if config.typed("init_from") and config.init_from not in ("resume", "scratch"):
         return *open_trained(config, config.init_from, given), config.init_from
-    # The file: a folder's name might be taken for that of a GPT-2
+    # Not out_dir: a missing folder with the name of a GPT-2 would be looked for online
     own_file = os.path.join(config.out_dir, "ckpt.pt")
     return *open_trained(config, own_file, given), config.out_dir
 
@@ -325,10 +323,6 @@ def open_model(config, manifest, trained):
         return GPT(new_model_config(config, manifest["text_vocab_size"]))
     if trained.config.meta_id is None:
         if config.meta_rate > 0:
-            if config.init_from == "resume":
-                raise config.error(f"meta_rate={config.meta_rate}: a resumed run gets no "
-                                   f"meta-tokens; name --init_from={config.out_dir} and a new "
-                                   "--out_dir=")
             return trained.with_meta_tokens(manifest["meta_id"], config.meta_attention)
         # A plain model on plain text: meta_attention=True is the default, and an error
         # only if somebody asked for it.
@@ -340,11 +334,9 @@ def open_model(config, manifest, trained):
 def evaluate_saved(config, machine):
     """Print the validation loss of out_dir's model, or of the --init_from= typed."""
     trained, saved, _ = load_saved(config)
-    # The share and places of meta-tokens come from the checkpoint, if nobody asked for
-    # others. The data set is the one that the settings name.
+    # The data must have the checkpoint's share and places of meta-tokens, or those that
+    # were asked for
     config.remember(saved["settings"], ("meta_rate", "meta_placement"))
-    if not config.typed("block_size"):  # with learned positions it may be below the model's
-        config.block_size = saved["settings"].get("block_size", config.block_size)
     manifest = open_data(config, machine)
     if trained.config.meta_id is None and config.meta_rate > 0:
         raise config.error(f"meta_rate={config.meta_rate}, but the checkpoint has no meta-tokens: "
@@ -374,8 +366,8 @@ class Progress:
     loss_sum: float = 0.0      # the sum of the losses since that step
 
 
-def saved_progress(saved, data, text_per_block):
-    """The Progress in a checkpoint. On other data the best loss starts anew."""
+def saved_progress(saved, text_per_block):
+    """The Progress in a checkpoint."""
     names = {field.name for field in fields(Progress)}
     progress = Progress(**{name: saved[name] for name in names & saved.keys()})
     if "samples" not in saved:  # an older version did not count them
@@ -385,11 +377,6 @@ def saved_progress(saved, data, text_per_block):
         progress.text_tokens = progress.samples * text_per_block
         progress.evaluated = progress.logged = progress.step
         progress.best_step = 0  # there is a best.pt; its true step is unknown, not needed
-    elif saved["data"] != data:
-        progress.best_val_loss, progress.best_step = math.inf, -1
-        if is_first_process():
-            print("the data or eval_tokens are not those before: the best loss starts anew",
-                  file=sys.stderr)
     return progress
 
 
@@ -435,12 +422,10 @@ def train(config):
     check_start(config, machine.world)
     trained = saved = None
     if config.init_from != "scratch":
-        path, given = config.init_from, config.given_values(COMPARED_WITH_CHECKPOINT)
+        path = config.init_from
         if config.init_from == "resume":
             path = os.path.join(config.out_dir, "ckpt.pt")
-            # A model with learned positions may train on shorter blocks. So keep the
-            # restored block_size: open_trained would replace it by the model's
-            given["block_size"] = config.block_size
+        given = config.given_values(COMPARED_WITH_CHECKPOINT)
         trained, saved = open_trained(config, path, given)
     manifest = open_data(config, machine)
     folder, data = prepare.folder_of(config.dataset), name_data(manifest, config.eval_tokens)
@@ -451,10 +436,16 @@ def train(config):
     optimizer = raw_model.configure_optimizer(
         config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
     scaler = torch.amp.GradScaler(machine.type, enabled=machine.dtype == torch.float16)
-    progress = Progress()
+    progress, is_data_new = Progress(), False
     if config.init_from == "resume":
         config.checked(checkpoint.load_optimizer, optimizer, scaler, saved)
-        progress = saved_progress(saved, data, train_blocks.text_per_block)
+        progress = saved_progress(saved, train_blocks.text_per_block)
+        is_data_new = saved.get("data", data) != data  # older checkpoints do not name it
+    if is_data_new:
+        progress.best_val_loss, progress.best_step = math.inf, -1
+        if machine.rank == 0:
+            print("the data or eval_tokens are not those before: the best loss starts anew",
+                  file=sys.stderr)
     del trained, saved  # free their memory
     # Three views of the same weights: raw_model; local_model, which is compiled; and
     # model, which also averages the gradients over the processes
@@ -488,8 +479,8 @@ def train(config):
             [stop_request.look(), minutes], dist.ReduceOp.MAX)
         done = step >= config.max_iters or 0 < config.max_minutes <= progress.minutes
         is_eval_due = step % config.eval_interval == 0 or done
-        if progress.evaluated == step and progress.best_step >= 0:
-            is_eval_due = False         # done before the run was resumed, on the same data
+        if progress.evaluated == step and not is_data_new:
+            is_eval_due = False         # done before the run was resumed
         is_log_due = step > first_step and (step % config.log_interval == 0 or is_eval_due)
 
         if is_log_due or stop_signal:
