@@ -43,8 +43,9 @@ from torch.nn.parallel import DistributedDataParallel
 # and these:
 OF_THIS_RUN = {"init_from", "out_dir", "overwrite", "eval_only", "device", "compile"}
 
-# If given, these are compared with the checkpoint's. Those in checkpoint.MAY_CHANGE
-# replace its values; the others must agree.
+# Whenever training starts from a checkpoint, these are special, if given: block_size,
+# dropout and the others in checkpoint.MAY_CHANGE replace the checkpoint's, and the rest
+# must agree with it, or it is an error.
 COMPARED_WITH_CHECKPOINT = ("tokenizer", *checkpoint.ARCHITECTURE)
 
 
@@ -155,7 +156,7 @@ def optimizer_step(losses, model, optimizer, scaler, grad_clip):
 
 
 def micro_losses(model, batches, machine, config, step, n_meta):
-    """Yield the losses of this process's micro-batches in a step, over their number.
+    """Yield the loss of each of this process's micro-batches in a step / their number.
 
     n_meta: meta-tokens in each block.
     """
@@ -202,8 +203,8 @@ def evaluate(model, blocks, eval_tokens, batch_size, machine):
         y[len(own):] = -1
         with machine.autocast():
             loss = model(x.to(machine.device), y.to(machine.device), blocks.n_meta)[1]
-        # Each block has text_per_block text targets: y drops the block's first token
-        # and gains the next block's, and both are text
+        # Meta-tokens are no targets. So each block has text_per_block targets: y drops
+        # the block's first token and gains the next block's, and both are text
         total += loss * len(own)
     model.train()
     total, count = machine.all_reduce([total.item(), len(numbers)])
@@ -275,14 +276,14 @@ def open_trained(config, path, given):
 def load_saved(config):
     """(model, checkpoint, path) of out_dir, or of the --init_from= that was typed.
 
-    A config file describes how training began: its init_from may be gpt2, and its
-    architecture the one of that start. So only the command line's count here. The
-    tokenizer counts wherever it is given, and must be the checkpoint's.
+    Here, unlike in training, init_from and the architecture count only if typed. A
+    config file says how training began, say from gpt2, and not what came of it. The
+    tokenizer always counts, and must be the checkpoint's.
     """
     given = config.given_values(["tokenizer"]) | config.typed_values(checkpoint.ARCHITECTURE)
     if config.typed("init_from") and config.init_from not in ("resume", "scratch"):
         return *open_trained(config, config.init_from, given), config.init_from
-    # Not out_dir: a missing folder with the name of a GPT-2 would be looked for online
+    # Pass the file: if out_dir=gpt2 were missing, open_trained would fetch GPT-2
     own_file = os.path.join(config.out_dir, "ckpt.pt")
     return *open_trained(config, own_file, given), config.out_dir
 
@@ -360,7 +361,7 @@ class Progress:
     text_tokens: int = 0       # text tokens in them
     minutes: float = 0.0
     best_val_loss: float = math.inf
-    best_step: int = -1        # the step of best.pt
+    best_step: int = -1        # the step of best.pt; -1: none, or unknown
     evaluated: int = -1        # the step of the last evaluation
     logged: int = 0            # the step of the last line that told the training loss
     loss_sum: float = 0.0      # the sum of the losses since that step
@@ -376,11 +377,10 @@ def saved_progress(saved, text_per_block):
         progress.samples = progress.step * blocks_per_step
         progress.text_tokens = progress.samples * text_per_block
         progress.evaluated = progress.logged = progress.step
-        progress.best_step = 0  # there is a best.pt; its true step is unknown, not needed
     return progress
 
 
-def name_data(manifest, eval_tokens):
+def fingerprint(manifest, eval_tokens):
     """What losses depend on besides the model, as {name: checksum or number}."""
     data = {"eval_tokens": eval_tokens}
     for split, part in manifest["splits"].items():
@@ -428,7 +428,7 @@ def train(config):
         given = config.given_values(COMPARED_WITH_CHECKPOINT)
         trained, saved = open_trained(config, path, given)
     manifest = open_data(config, machine)
-    folder, data = prepare.folder_of(config.dataset), name_data(manifest, config.eval_tokens)
+    folder, data = prepare.folder_of(config.dataset), fingerprint(manifest, config.eval_tokens)
     train_blocks, val_blocks = Blocks(folder, manifest, "train"), Blocks(folder, manifest, "val")
 
     # Model and optimizer
@@ -467,7 +467,8 @@ def train(config):
     flops_per_token = raw_model.flops_per_token(config.block_size, train_blocks.n_meta)
     speed = Speed(first_step, tokens_per_step, flops_per_token, machine.peak_flops())
     stop_request, started = StopRequest(), time.monotonic()
-    # Of this process. In `progress` it is the mean over the processes
+    # loss_sum is of this process, progress.loss_sum the mean over the processes. If
+    # each goes on from the mean, the next mean is right
     loss_sum = torch.full((), progress.loss_sum, device=machine.device)
     norm = lr = 0.0
 
@@ -480,7 +481,7 @@ def train(config):
         done = step >= config.max_iters or 0 < config.max_minutes <= progress.minutes
         is_eval_due = step % config.eval_interval == 0 or done
         if progress.evaluated == step and not is_data_new:
-            is_eval_due = False         # done before the run was resumed
+            is_eval_due = False  # it was evaluated here before it was resumed
         is_log_due = step > first_step and (step % config.log_interval == 0 or is_eval_due)
 
         if is_log_due or stop_signal:
@@ -528,9 +529,8 @@ def train(config):
 
     stop_request.restore()
     if stop_signal:
-        # 128 + signal is what a shell expects: `train.py && next` does not go on. The
-        # other processes return 0. At an error torchrun kills all, while the first may
-        # still be saving.
+        # 128 + signal is what a shell expects: `train.py && next` does not go on. If
+        # another process returned it, torchrun would kill the first while that saves.
         raise SystemExit(128 + int(stop_signal) if machine.rank == 0 else 0)
     if progress.step == first_step:
         log.say(f"nothing is left to do after {first_step} steps and {minutes_before:.1f} minutes: "
