@@ -43,9 +43,9 @@ from torch.nn.parallel import DistributedDataParallel
 # and these:
 OF_THIS_RUN = {"init_from", "out_dir", "overwrite", "eval_only", "device", "compile"}
 
-# Whenever training starts from a checkpoint, these are special, if given: block_size,
-# dropout and the others in checkpoint.MAY_CHANGE replace the checkpoint's, and the rest
-# must agree with it, or it is an error.
+# Whenever training starts from a checkpoint, architecture and tokenizer are its own. If
+# one of them is given and differs, those in checkpoint.MAY_CHANGE (block_size, dropout,
+# ...) replace the checkpoint's, and any other is an error.
 COMPARED_WITH_CHECKPOINT = ("tokenizer", *checkpoint.ARCHITECTURE)
 
 
@@ -203,8 +203,8 @@ def evaluate(model, blocks, eval_tokens, batch_size, machine):
         y[len(own):] = -1
         with machine.autocast():
             loss = model(x.to(machine.device), y.to(machine.device), blocks.n_meta)[1]
-        # Meta-tokens are no targets. So each block has text_per_block targets: y drops
-        # the block's first token and gains the next block's, and both are text
+        # The loss is a mean over text targets. Each block has text_per_block of them, as
+        # no block begins with a meta-token: y lacks one text token of x, and has one more
         total += loss * len(own)
     model.train()
     total, count = machine.all_reduce([total.item(), len(numbers)])
@@ -467,8 +467,9 @@ def train(config):
     flops_per_token = raw_model.flops_per_token(config.block_size, train_blocks.n_meta)
     speed = Speed(first_step, tokens_per_step, flops_per_token, machine.peak_flops())
     stop_request, started = StopRequest(), time.monotonic()
-    # loss_sum is of this process, progress.loss_sum the mean over the processes. If
-    # each goes on from the mean, the next mean is right
+    # Of the losses since the last log line, on this process. progress.loss_sum is the
+    # mean over the processes, for a run that is stopped between two log lines. If each
+    # goes on from that mean, the next mean is right
     loss_sum = torch.full((), progress.loss_sum, device=machine.device)
     norm = lr = 0.0
 
@@ -529,8 +530,9 @@ def train(config):
 
     stop_request.restore()
     if stop_signal:
-        # 128 + signal is what a shell expects: `train.py && next` does not go on. If
-        # another process returned it, torchrun would kill the first while that saves.
+        # 128 + signal is what a shell expects: `train.py && next` does not go on. Only
+        # the first process returns it. The others get here while it still saves, and if
+        # one of them failed, torchrun would kill it
         raise SystemExit(128 + int(stop_signal) if machine.rank == 0 else 0)
     if progress.step == first_step:
         log.say(f"nothing is left to do after {first_step} steps and {minutes_before:.1f} minutes: "
