@@ -203,8 +203,8 @@ def evaluate(model, blocks, eval_tokens, batch_size, machine):
         y[len(own):] = -1
         with machine.autocast():
             loss = model(x.to(machine.device), y.to(machine.device), blocks.n_meta)[1]
-        # The loss is a mean over text targets. Each block has text_per_block of them: no
-        # block begins with a meta-token, so y lacks one text token of x and has one more
+        # The loss is a mean over text targets. Each block has text_per_block of them:
+        # none begins with a meta-token, so y lacks one text token of x and has another
         total += loss * len(own)
     model.train()
     total, count = machine.all_reduce([total.item(), len(numbers)])
