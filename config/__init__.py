@@ -69,8 +69,8 @@ class Model:
 
 @dataclass
 class Training:
-    init_from: str = setting("scratch", "'scratch', 'resume', a checkpoint (file or folder), or "
-                             "'gpt2', 'gpt2-medium', ...")
+    init_from: str = setting("scratch", "'scratch', 'resume', a checkpoint (file or folder), or a "
+                             "GPT-2: a folder, or gpt2, gpt2-xl, owner/name on the hub")
     out_dir: str = setting("out", "folder for checkpoints, log.jsonl and loss.png")
     max_iters: int = setting(200_000, "optimizer steps")
     batch_size: int = setting(12, "sequences in a micro-batch", POSITIVE)
