@@ -46,6 +46,7 @@ SHARD = r"(train|val)_\d{5}\.bin"
 GROUP = 256                    # blocks whose meta-tokens are placed together
 BATCH_CHARS = 1 << 20          # text tokenised at a time; the longest piece of a text file
 SECTION_CHARS = 1 << 16        # a piece of a lone text file
+SMALL_BYTES = 1 << 24          # a source in which a split may come away empty
 SAVE_SECONDS = 10              # between two saves of progress.json
 MUST_FIT = ("tokenizer", "block_size", "meta_rate", "meta_placement")  # data and model
 PLAIN_TEXT = (".txt", ".md", ".py")
@@ -163,9 +164,9 @@ def open_source(config, begun, damaged):
         version = f"Python {platform.python_version()}"
     changed = sha256(f"{listing} {[stat.st_mtime_ns for stat in stats]}".encode())
     pieces = file_pieces(files, field, damaged)
-    if len(files) == 1 and kind_of(files[0][1]) in PLAIN_TEXT:
-        pieces = serve_both_splits(pieces, config.val_fraction, config.block_size)
     n_bytes = sum(stat.st_size for stat in stats)
+    if n_bytes < SMALL_BYTES or len(files) == 1:
+        pieces = serve_both_splits(pieces, config.val_fraction, config.block_size)
     return version, changed, n_bytes, itertools.islice(pieces, done, None)
 
 
@@ -284,26 +285,36 @@ def text_sections(path, size):
 
 
 def serve_both_splits(pieces, val_fraction, block_size):
-    """The pieces of a lone text. Its end is for validation if hashes fail one split.
+    """The pieces of a small source. Its end is for validation if hashes fail one split.
 
-    They may leave it less than a block, as the text is short. Eight characters a token
-    are enough, or a quarter of the text.
+    They may leave it less than a block, as there is little text or few documents. Eight
+    characters a token are enough, or a quarter of the text.
     """
-    held, chars = [], dict.fromkeys(SPLITS, 0)
+    held, n_held, chars = deque(), 0, dict.fromkeys(SPLITS, 0)
     for piece in pieces:
         held.append(piece)
+        n_held += len(piece.text)
         chars[split_of(piece.key, val_fraction)] += len(piece.text)
-        while sum(len(p.text) for p in held[1:]) >= max(2 * SECTION_CHARS, 16 * block_size):
-            yield held.pop(0)
+        while n_held - len(held[0].text) >= max(2 * SECTION_CHARS, 16 * block_size):
+            n_held -= len(held[0].text)
+            yield held.popleft()
     total = sum(chars.values())
     enough = min(total // 4, 8 * block_size)
     if min(chars.values()) >= enough:
         yield from held
-    else:
-        end = "".join(piece.text for piece in held)
-        n_val = min(max(int(val_fraction * total), enough), len(end) - enough)
-        yield Piece(held[0].key, end[:-n_val], False, "train")
-        yield Piece(held[0].key, end[-n_val:], True, "val")
+        return
+    n_val = min(max(int(val_fraction * total), enough), n_held - enough)
+    left = n_held - n_val  # for training
+    for piece in held:
+        n = min(len(piece.text), left)
+        left -= n
+        if 0 < n < len(piece.text):
+            yield piece._replace(text=piece.text[:n], ends=False, split="train")
+            yield piece._replace(text=piece.text[n:], split="val")
+        elif piece is SKIPPED:
+            yield piece
+        else:
+            yield piece._replace(split="train" if n == len(piece.text) else "val")
 
 
 def json_rows(path, text_field):

@@ -1453,6 +1453,22 @@ def test_a_lone_short_text_serves_both_splits(workplace, tokenizer, n_blocks, va
     assert share > 0.15 if n_blocks == 5 else abs(share - val_fraction) < 0.2
 
 
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_a_few_documents_serve_both_splits(workplace, monkeypatch, ending):
+    os.makedirs("few")
+    for i, text in enumerate(TEXTS[:9]):
+        line = text * 9 if ending == "txt" else json.dumps({"text": text * 9}) + "\n"
+        write_bytes(f"few/{i}.{ending}", line.encode())
+    few = ["--source=few", "--val_fraction=1e-6"]
+    prepare.prepare(configure("--dataset=whole", "--workers=2", *few))
+    manifest = read_split("val", "data/whole")[2]
+    assert all(part["blocks"] > 4 for part in manifest["splits"].values())
+    assert manifest["documents"] == 9
+    interrupt(configure(*few), monkeypatch)
+    prepare.prepare(configure(*few))
+    assert folder_bytes("data/d") == folder_bytes("data/whole")
+
+
 def test_the_end_of_a_lone_short_text_is_held_out(workplace):
     text = "".join(TEXTS).encode().decode("ascii", "ignore").encode()
     write_bytes("lone.txt", text)
@@ -1478,7 +1494,8 @@ def test_a_lone_short_text_is_prepared_alike_after_an_interruption(workplace, mo
     (["--source=lone.txt"], "the short source=lone.txt"),
     (["--val_fraction=1e-9"], "val_fraction=1e-09"),
 ])
-def test_an_empty_split_names_what_is_at_fault(workplace, args, fault):
+def test_an_empty_split_names_what_is_at_fault(workplace, monkeypatch, args, fault):
+    monkeypatch.setattr(prepare, "SMALL_BYTES", 1000)
     write_bytes("lone.txt", b"Too short a text.")
     message = refusal(prepare.prepare, configure(*args))
     assert message.startswith(f"error: {fault} left the ") and "less than a block" in message
@@ -1642,6 +1659,7 @@ def test_bad_sources_are_refused_in_one_line(workplace, monkeypatch):
         "bad/empty.txt": "less than a block",
     }.items():
         assert expected in refusal(prepare.prepare, configure(f"--source={source}"))
+    monkeypatch.setattr(prepare, "SMALL_BYTES", 0)
     message = refusal(prepare.prepare, configure("--val_fraction=0"))
     assert "val_fraction=0.0 left the val split 0 text tokens" in message
     assert not os.path.exists("data/d/manifest.json")
@@ -1765,6 +1783,11 @@ def test_evaluation_is_the_mean_over_the_same_text_whatever_the_meta_rate(prepar
     shorter = min(map(len, spans))
     assert spans[0][:shorter] == spans[1][:shorter]
     assert abs(len(spans[0]) - len(spans[1])) < 32
+
+
+def test_a_data_set_that_was_named_is_not_filled_from_another_source(workplace):
+    message = refusal(train.main, [f"{HERE}/config/quickstart.py", "--dataset=mine"])
+    assert "no data in data/mine: run python prepare.py --dataset=mine" in message
 
 
 def test_a_run_writes_checkpoints_a_log_and_a_picture(prepared, capsys):

@@ -303,9 +303,13 @@ def open_data(config, machine):
 
 
 def prepared_manifest(config):
-    """The manifest, checked. Prepares source=stdlib, as that needs no download."""
+    """The manifest, checked. Prepares source=stdlib, as that needs no download.
+
+    But not as a data set whose name was typed: it may be meant to be another source's.
+    """
     manifest_file = os.path.join(prepare.folder_of(config.dataset), "manifest.json")
-    if config.source == "stdlib" and not os.path.exists(manifest_file):
+    is_own = config.source == "stdlib" and (config.typed("source") or not config.typed("dataset"))
+    if is_own and not os.path.exists(manifest_file):
         prepare.prepare(config)
     manifest = prepare.read_manifest(config)
     prepare.check_fit(config, manifest)
