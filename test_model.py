@@ -168,10 +168,14 @@ def document(i):
 TEXTS = [document(i) for i in range(120)]
 
 
+DRAW = checkpoint.Log.draw
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """An empty folder to work in, with the documents TEXTS in it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint.Log, "draw", lambda log: None)  # it takes half a test's time
     monkeypatch.setattr(prepare, "SHARD_TOKENS", 640)
     os.makedirs("texts/deep")
     for i, text in enumerate(TEXTS):
@@ -1790,7 +1794,8 @@ def test_a_data_set_that_was_named_is_not_filled_from_another_source(workplace):
     assert "no data in data/mine: run python prepare.py --dataset=mine" in message
 
 
-def test_a_run_writes_checkpoints_a_log_and_a_picture(prepared, capsys):
+def test_a_run_writes_checkpoints_a_log_and_a_picture(prepared, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint.Log, "draw", DRAW)
     train_small()
     written = sorted(os.listdir("out"))
     assert written == [".lock", "best.pt", "ckpt.pt", "log.jsonl", "loss.png"]
@@ -1827,7 +1832,8 @@ def losses_by_step(folder):
 
 
 def test_a_run_killed_and_resumed_ends_with_the_same_bits(prepared):
-    arguments = [*SMALL, "--dropout=0.1", "--max_iters=40", "--eval_interval=5", "--eval_tokens=64"]
+    arguments = [*SMALL, "--dropout=0.1", "--max_iters=40", "--eval_interval=10",
+                 "--eval_tokens=64"]
     whole = script("train.py", *arguments, "--out_dir=whole")
     assert whole.returncode == 0, whole.stderr
 
@@ -2029,6 +2035,7 @@ def test_a_run_goes_on_without_its_picture(prepared, monkeypatch, capsys):
     def savefig(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    monkeypatch.setattr(checkpoint.Log, "draw", DRAW)
     monkeypatch.setattr(Figure, "savefig", savefig)
     train_small()
     assert "cannot draw out/loss.png: No space left on device" in capsys.readouterr().out
