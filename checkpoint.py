@@ -29,17 +29,18 @@ FIXED = ("n_layer", "n_head", "n_embd", "bias", "pos", "rope_base", "beta_fast",
 ARCHITECTURE = FIXED + MAY_CHANGE
 
 
-def load_trained(name, given):
+def load_trained(name, given, checkpoint=None):
     """(model, checkpoint) by name: a checkpoint's file or folder, or a GPT-2.
 
     given: {setting: value} of what was asked for, of ARCHITECTURE and the tokenizer.
-    Raises ValueError if the file is bad, or if a setting that may not change differs.
+    checkpoint: what load(name) returned, if it was read before. Raises ValueError if
+    the file is bad, or if a setting that may not change differs.
     """
-    if is_pretrained(name):
+    if checkpoint is None and is_pretrained(name):
         model = load_gpt2(name)
         checkpoint = {"step": None, "settings": {"tokenizer": "gpt2"}}
     else:
-        checkpoint = load(name)
+        checkpoint = checkpoint or load(name)
         model = build(checkpoint)
     found = asdict(model.config) | {"tokenizer": checkpoint["settings"]["tokenizer"]}
     for setting in ("tokenizer", *FIXED):

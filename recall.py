@@ -230,7 +230,7 @@ def recall(subject):
 # the answer survives when that text is hidden. As in gist masking (Mu et al., arXiv
 # 2304.08467), queries from the question on see only some of the keys before it; but the
 # model was not trained so. All else stays as it is: attention before the question, and
-# meta-attention. So in List Recall the mark behind "Answer:" still sees earlier marks
+# meta-attention. So in List Recall the mark after "Answer:" still sees earlier marks
 # by meta-attention, even under "nothing".
 
 # The keys before the question that are visible, besides the first token. It always is,
@@ -276,7 +276,7 @@ def visible_keys(example, stream, rng):
     """{condition: the keys visible from the question on, bool (n,)}, and is_before."""
     is_before, is_in_unit = find_question(example, stream)
     is_mark = is_before & (example.tokens == stream.mark)
-    text = np.flatnonzero(is_before & ~is_mark)[1:]  # behind the first token
+    text = np.flatnonzero(is_before & ~is_mark)[1:]  # after the first token
     is_drawn = np.zeros_like(is_mark)
     is_drawn[rng.choice(text, is_mark.sum(), replace=False)] = True
     always = ~is_before

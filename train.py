@@ -248,14 +248,14 @@ def new_model_config(config, text_vocab_size):
                           text_vocab_size=text_vocab_size, **values)
 
 
-def open_trained(config, path, given):
+def open_trained(config, path, given, saved=None):
     """(model, checkpoint) at a path. Copies its architecture and tokenizer into config.
 
     given: the settings that somebody asked for. Those of checkpoint.MAY_CHANGE may
-    differ from the checkpoint's, and a line says so. Raises SystemExit if any other
-    does, or if the file is bad.
+    differ from the checkpoint's, and a line says so. saved: the checkpoint, if it was
+    read before. Raises SystemExit if any other setting differs, or if the file is bad.
     """
-    model, saved = config.checked(checkpoint.load_trained, path, given)
+    model, saved = config.checked(checkpoint.load_trained, path, given, saved)
     config.tokenizer = saved["settings"]["tokenizer"]
     for name in checkpoint.ARCHITECTURE:
         if name == "meta_attention" and model.config.meta_id is None:
@@ -415,22 +415,19 @@ def claim(config, machine, progress):
 
 def train(config):
     # The machine, the checkpoint to start from, the data
+    trained = saved = None
     if config.init_from == "resume":
         # Restore its settings first, as all that follows depends on them
-        saved_settings = config.checked(checkpoint.load, config.out_dir)["settings"]
-        config.remember(saved_settings, settings.SETTINGS.keys() - OF_THIS_RUN)
+        saved = config.checked(checkpoint.load, config.out_dir)
+        config.remember(saved["settings"], settings.SETTINGS.keys() - OF_THIS_RUN)
     machine = config.checked(Machine, config.device, config.dtype, config.compile)
     torch.manual_seed(config.seed)
     if config.eval_only:
         return evaluate_saved(config, machine)
     check_start(config, machine.world)
-    trained = saved = None
     if config.init_from != "scratch":
-        path = config.init_from
-        if config.init_from == "resume":
-            path = os.path.join(config.out_dir, "ckpt.pt")
         given = config.given_values(COMPARED_WITH_CHECKPOINT)
-        trained, saved = open_trained(config, path, given)
+        trained, saved = open_trained(config, config.init_from, given, saved)
     manifest = open_data(config, machine)
     folder, data = prepare.folder_of(config.dataset), fingerprint(manifest, config.eval_tokens)
     train_blocks, val_blocks = Blocks(folder, manifest, "train"), Blocks(folder, manifest, "val")
