@@ -29,7 +29,7 @@ import eval_synthetic
 import prepare
 import sample
 import train
-from machine import pick_device
+from machine import is_out_of_memory, pick_device
 from model import rotate
 from rate_distortion import batches_of, inputs_of, joined, label_of, rate_distortion
 from recall import cache, recall, text_losses, text_of
@@ -686,7 +686,9 @@ def main(argv=None):
         raise SystemExit("interrupted; the parts that are written stay") from None
     except BrokenExecutor:
         raise SystemExit("error: a worker was killed, perhaps for lack of memory") from None
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
         raise SystemExit("error: the device has too little memory: try --device=cpu") from None
     except OSError as e:
         raise SystemExit(f"error: {e.filename or config.out_dir}: {e.strerror}") from None

@@ -14,7 +14,7 @@ import os
 import sys
 
 import config as settings
-from machine import Machine
+from machine import Machine, is_out_of_memory
 from prepare import decode, get_tokenizer, inject, meta_per_block, meta_places
 from train import load_saved
 
@@ -243,6 +243,10 @@ def main(argv=None):
         raise SystemExit("") from None
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        raise config.error("too little memory: try a smaller --num_samples") from None
 
 
 def run(config):

@@ -2112,6 +2112,10 @@ def test_too_little_memory_is_reported_in_one_line(prepared, monkeypatch):
     save_model("meta.pt")
     message = refusal(eval_synthetic.main, ["--init_from=meta.pt", *TUNE])
     assert "cpu has too little memory: try" in message
+    message = refusal(sample.main, ["--device=cpu", "--init_from=meta.pt"])
+    assert "too little memory: try a smaller --num_samples" in message
+    message = refusal(analyze.main, [*LOOK, "--init_from=meta.pt", "--what=perplexity"])
+    assert message == "error: the device has too little memory: try --device=cpu"
 
 
 WITH_LITTLE_DISK = """
