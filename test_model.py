@@ -1116,13 +1116,13 @@ sys.meta_path.insert(0, AtTorch())
 
 
 @pytest.mark.parametrize("name", ["train", "eval_synthetic", "sample", "analyze", "bench"])
-def test_openmp_is_told_to_spin_briefly_before_torch_is_imported(name):
+def test_openmp_is_told_how_long_to_spin_before_torch_is_imported(name):
     """OpenMP reads the variable then: every script must import config before torch."""
     environment = os.environ | {"PYTHONPATH": HERE}
     environment.pop("GOMP_SPINCOUNT", None)
     result = subprocess.run([sys.executable, "-c", f"{AT_TORCH}import {name}"],
                             env=environment, capture_output=True, text=True)
-    assert result.stdout == "1000\n"
+    assert result.stdout == "5000\n"
 
 
 # --------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ import re
 import sys
 from dataclasses import dataclass, field, fields
 
-# OpenMP reads this when torch is loaded: import config before torch. By default,
-# waiting threads spin for a long time. While another process kept one of two cores
-# busy, that made training 30 times slower.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# How long OpenMP's threads spin before they sleep. It is read when torch is loaded, so
+# import config before torch. The default is long: while another process kept one of two
+# cores busy, it made training up to 30 times slower. A fifth of this makes generation
+# half as fast, as waking a thread takes longer than a small matrix product.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 NOT_NEGATIVE, POSITIVE, FROM_ONE = "at least 0", "positive", "at least 1"
 BELOW_ONE, UP_TO_ONE = "at least 0 and below 1", "above 0 and at most 1"
