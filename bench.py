@@ -276,8 +276,11 @@ def preparation(config, shape, machine):
     """GPT-2's BPE over 8 copies of the standard library."""
     encoding = prepare.get_tokenizer("gpt2")
     files = prepare.files_below(sysconfig.get_paths()["stdlib"], (".py",))
-    texts = [Path(path).read_text("utf-8", "replace") for key, path in files
-             if "site-packages" not in key] * 8
+    texts = []
+    for key, path in files:
+        if "site-packages" not in key:
+            with suppress(UnicodeDecodeError):  # a few test files, which prepare.py refuses
+                texts += [Path(path).read_text("utf-8")] * 8
     with tempfile.TemporaryDirectory() as folder, chdir(folder):  # where data/ will lie
         os.mkdir("texts")
         for i, text in enumerate(texts):
