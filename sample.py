@@ -134,13 +134,13 @@ class CachedDecoder:
         c, weight = model.config, model.lm_head.weight
         shape = (batch_size, c.n_head, size, c.head_dim)
         n_meta_layers = c.n_layer if c.meta_attention else 0
-        self.is_autocast = torch.is_autocast_enabled(weight.device.type)
-        dtype = weight.dtype
-        if self.is_autocast:
+        dtype, is_autocast = weight.dtype, torch.is_autocast_enabled(weight.device.type)
+        if is_autocast:
             dtype = torch.get_autocast_dtype(weight.device.type)
         self.model = model
-        self.caches = (KVCache(c.n_layer, shape, dtype, weight.device),
-                       KVCache(n_meta_layers, shape, dtype, weight.device))
+        self.uses_graphs = weight.is_cuda and not is_autocast
+        self.caches = [KVCache(n_layer, shape, dtype, weight.device, self.uses_graphs)
+                       for n_layer in (c.n_layer, n_meta_layers)]
         self.seen = 0                           # tokens of the window that are cached
         self.graphs = {}                        # captured steps, by their number of tokens
 
@@ -160,7 +160,7 @@ class CachedDecoder:
                 cache.is_prompt = False
             return logits
         # A step: one token of text, and the meta-tokens after it, seldom more than one
-        if new.is_cuda and new.size(1) <= 2 and not self.is_autocast:
+        if self.uses_graphs and new.size(1) <= 2:
             return self.replay(new)
         return self.compute(new, n_meta=new.size(1) - 1)
 
@@ -185,17 +185,19 @@ class CachedDecoder:
 class KVCache:
     """The keys and values of one attention, in all layers: plain tensors.
 
-    Their size is fixed, and their length is kept on the device. So every step has the
-    same shapes and addresses, as a CUDA graph needs.
+    With fixed_shapes, a step attends to all slots and masks the unused ones, and never
+    asks the device for its length: it has the same shapes and addresses each time, as a
+    CUDA graph needs. Otherwise it reads only the used slots, which is faster on a CPU.
     """
 
-    def __init__(self, n_layer, shape, dtype, device):
+    def __init__(self, n_layer, shape, dtype, device, fixed_shapes=False):
         """shape: (B, nh, size, hs)"""
         B, _, size, _ = shape
         self.k = torch.zeros(n_layer, *shape, dtype=dtype, device=device)
         self.v = torch.zeros(n_layer, *shape, dtype=dtype, device=device)
         self.is_real = torch.zeros(B, size, dtype=torch.bool, device=device)
         self.length = torch.zeros((), dtype=torch.long, device=device)
+        self.fixed_shapes = fixed_shapes
         self.is_prompt = True                   # nothing is cached yet
 
     def clear(self):
@@ -212,11 +214,14 @@ class KVCache:
         self.slots = self.length + torch.arange(n, device=is_real.device)  # (n,)
         self.length.add_(n)
         self.is_real.index_copy_(1, self.slots, is_real)
+        self.end = size if self.fixed_shapes else int(self.length)
         self.mask = None                        # the prompt sees itself alone, causally
         if not self.is_prompt:
-            slots = torch.arange(size, device=is_real.device)
-            is_earlier = slots <= self.slots.unsqueeze(1)                  # (n, size)
-            self.mask = self.is_real[:, None, None] & is_earlier           # (B, 1, n, size)
+            slots = torch.arange(self.end, device=is_real.device)
+            is_later = slots > self.slots.unsqueeze(1)                     # (n, end)
+            is_padding = ~self.is_real[:, None, None, :self.end]           # (B, 1, 1, end)
+            # Not a bool mask: each layer would turn it into this one
+            self.mask = torch.where(is_later | is_padding, -math.inf, 0.0).to(self.k.dtype)
         return self.slots
 
     def update(self, layer, k, v):
@@ -225,7 +230,7 @@ class KVCache:
         self.v[layer].index_copy_(2, self.slots, v)
         if self.mask is None:
             return k, v, None
-        return self.k[layer], self.v[layer], self.mask
+        return self.k[layer, :, :, :self.end], self.v[layer, :, :, :self.end], self.mask
 
 
 # --------------------------------------------------------------------------------------
