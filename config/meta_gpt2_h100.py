@@ -3,5 +3,5 @@ dataset = "c4_meta"
 source = "allenai/c4:en"
 max_tokens = 89e9
 out_dir = "out/meta_gpt2_h100"
-batch_size = 24
-gradient_accumulation_steps = 20
+batch_size = 48
+gradient_accumulation_steps = 10
