@@ -4,8 +4,8 @@
     python sample.py --start="def main(" --stream --show_meta
     python sample.py --init_from=gpt2 --start=FILE:prompt.txt --num_samples=3
 
-Each token is computed once: its keys and values stay in a cache. On a GPU every step is
-replayed as one CUDA graph.
+Each token is computed once: its keys and values stay in a cache. On a GPU a step is
+captured as a CUDA graph once, and then replayed.
 """
 import codecs
 import itertools
@@ -44,7 +44,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
         seed = 0 if temperature == 0 else torch.randint(2**62, ()).item()
     generator = torch.Generator(idx.device).manual_seed(seed)
     n_meta = min(round(meta_rate * c.block_size), c.block_size - 1)
-    is_due = itertools.islice(meta_schedule(c.block_size, n_meta, seed), idx.size(1), None)
+    schedule = itertools.islice(meta_schedule(c.block_size, n_meta, seed), idx.size(1), None)
     decoder = Decoder(model)
     if use_cache:
         size = min(idx.size(1) + max_new_tokens + n_meta, c.block_size)
@@ -52,7 +52,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
 
     window = idx
     for _ in range(max_new_tokens):
-        while next(is_due):
+        while next(schedule):                   # whether the next position's is a meta-token
             meta_token = torch.full_like(idx[:, :1], c.meta_id)            # (B, 1)
             window = torch.cat([window, meta_token], dim=1)
             yield meta_token
@@ -134,10 +134,12 @@ class CachedDecoder:
         c, weight = model.config, model.lm_head.weight
         shape = (batch_size, c.n_head, size, c.head_dim)
         n_meta_layers = c.n_layer if c.meta_attention else 0
-        dtype, is_autocast = weight.dtype, torch.is_autocast_enabled(weight.device.type)
+        dtype = weight.dtype
+        is_autocast = torch.is_autocast_enabled(weight.device.type)
         if is_autocast:
             dtype = torch.get_autocast_dtype(weight.device.type)
         self.model = model
+        # Autocast frees its copies of the weights, and a graph would go on reading them
         self.uses_graphs = weight.is_cuda and not is_autocast
         self.caches = [KVCache(n_layer, shape, dtype, weight.device, self.uses_graphs)
                        for n_layer in (c.n_layer, n_meta_layers)]
@@ -156,7 +158,7 @@ class CachedDecoder:
         self.seen = window.size(1)
         if is_prompt:
             logits = self.compute(new, n_meta=None)
-            for cache in self.caches:
+            for cache in self.caches:           # the meta-cache, too, if it is still empty
                 cache.is_prompt = False
             return logits
         # A step: one token of text, and the meta-tokens after it, seldom more than one
@@ -169,7 +171,10 @@ class CachedDecoder:
         return self.model.lm_head(x[:, -1])                                # (B, vocab_size)
 
     def replay(self, new):
-        """The same as a CUDA graph: one launch instead of hundreds."""
+        """`compute` as a CUDA graph: one launch instead of hundreds.
+
+        Use the result before the next step, which overwrites it.
+        """
         n = new.size(1)
         if n not in self.graphs:
             graph, own_new = torch.cuda.CUDAGraph(), new.clone()
@@ -199,6 +204,7 @@ class KVCache:
         self.length = torch.zeros((), dtype=torch.long, device=device)
         self.fixed_shapes = fixed_shapes
         self.is_prompt = True                   # nothing is cached yet
+        self.slots = self.end = self.mask = None  # of one step: set by advance, for update
 
     def clear(self):
         self.is_real.zero_()
@@ -208,7 +214,8 @@ class KVCache:
     def advance(self, is_real):
         """Make room for n more tokens. Returns their slots, (n,), from 0 on.
 
-        is_real (B, n), bool: False for padding, which no query may see.
+        is_real (B, n), bool: False for padding, which no later token may see. Only
+        meta-attention has any (see MetaTokens.gather).
         """
         n, size = is_real.size(1), self.is_real.size(1)
         self.slots = self.length + torch.arange(n, device=is_real.device)  # (n,)
