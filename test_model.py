@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import time
 from concurrent.futures import Future
@@ -4166,3 +4167,14 @@ def test_the_benchmark_of_a_gpu_is_not_run_on_a_cpu_by_mistake(monkeypatch):
 def test_the_benchmark_counts_text_tokens_alone():
     assert bench.draw(build(), 6, prompt=3, batch=2, meta_rate=0.3) == (12, 0)
     assert bench.draw_as_nanogpt(build(), 6, Machine("cpu", "float32")) == (6, 0)
+
+
+def test_the_benchmark_of_preparation_leaves_out_what_is_no_text(tmp_path, monkeypatch):
+    text = "def f(x):\n    return x\n" * 2000
+    n_tokens = 8 * len(gpt2_bpe().encode_ordinary(text))
+    (tmp_path / "good.py").write_text(text)
+    (tmp_path / "latin.py").write_bytes(b"\xe9" * 100)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    alone, whole = bench.preparation(None, None, Machine("cpu", "float32"))
+    assert alone["tokens_per_s"] * alone["seconds"] == pytest.approx(n_tokens)
+    assert whole["tokens_per_s"] * whole["seconds"] == pytest.approx(n_tokens, abs=8)  # ends
