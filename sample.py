@@ -195,7 +195,7 @@ class KVCache:
     CUDA graph needs. Otherwise it reads only the used slots, which is faster on a CPU.
     """
 
-    def __init__(self, n_layer, shape, dtype, device, fixed_shapes=False):
+    def __init__(self, n_layer, shape, dtype, device, fixed_shapes):
         """shape: (B, nh, size, hs)"""
         B, _, size, _ = shape
         self.k = torch.zeros(n_layer, *shape, dtype=dtype, device=device)
@@ -204,7 +204,7 @@ class KVCache:
         self.length = torch.zeros((), dtype=torch.long, device=device)
         self.fixed_shapes = fixed_shapes
         self.is_prompt = True                   # nothing is cached yet
-        self.slots = self.end = self.mask = None  # of one step: set by advance, for update
+        self.slots = self.mask = None           # of one step: set by advance, for update
 
     def clear(self):
         self.is_real.zero_()
@@ -221,14 +221,14 @@ class KVCache:
         self.slots = self.length + torch.arange(n, device=is_real.device)  # (n,)
         self.length.add_(n)
         self.is_real.index_copy_(1, self.slots, is_real)
-        self.end = size if self.fixed_shapes else int(self.length)
         self.mask = None                        # the prompt sees itself alone, causally
         if not self.is_prompt:
-            slots = torch.arange(self.end, device=is_real.device)
-            is_later = slots > self.slots.unsqueeze(1)                     # (n, end)
-            is_padding = ~self.is_real[:, None, None, :self.end]           # (B, 1, 1, end)
+            S = size if self.fixed_shapes else int(self.length)
+            slots = torch.arange(S, device=is_real.device)
+            is_later = slots > self.slots.unsqueeze(1)                     # (n, S)
+            is_hidden = is_later | ~self.is_real[:, None, None, :S]        # (B, 1, n, S)
             # Not a bool mask: each layer would turn it into this one
-            self.mask = torch.where(is_later | is_padding, -math.inf, 0.0).to(self.k.dtype)
+            self.mask = self.k.new_zeros(is_hidden.shape).masked_fill_(is_hidden, -math.inf)
         return self.slots
 
     def update(self, layer, k, v):
@@ -237,7 +237,8 @@ class KVCache:
         self.v[layer].index_copy_(2, self.slots, v)
         if self.mask is None:
             return k, v, None
-        return self.k[layer, :, :, :self.end], self.v[layer, :, :, :self.end], self.mask
+        S = self.mask.size(-1)
+        return self.k[layer, :, :, :S], self.v[layer, :, :, :S], self.mask
 
 
 # --------------------------------------------------------------------------------------
